@@ -1,0 +1,163 @@
+"""Experts in plain torch: no Triton needed, any device.
+
+Standard: stable argsort of the (row, k) pairs by expert, two grouped GEMMs, sum over k. On a GPU with bf16 kernels for
+`torch.nn.functional.grouped_mm` the segment ends never leave the device; elsewhere the host reads them once and loops
+over the experts (on a CPU grouped_mm is such a loop itself, with more restrictions). BatchedExperts: batched GEMMs on
+the GPU, the same loop on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from moe_plugin.activation import gated_activation_of
+from moe_plugin.config import MoEConfig
+from moe_plugin.environment import Environment
+from moe_plugin.kernels.row_sum import row_sum
+from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
+from moe_plugin.verdict import Gate, Verdict, dtype_name, gate_cuda_graph, gate_dtype, gate_quantization
+from moe_plugin.workspace import Workspace
+
+_grouped_mm: Callable[..., torch.Tensor] = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+
+class TorchNative(Experts):
+    """The portable fallback. Standard on CUDA costs one host sync a call, or none where grouped_mm has kernels."""
+
+    name = "torch_native"
+    description = "torch.nn.functional.grouped_mm where it has kernels, else one GEMM per expert"
+    activation_formats = frozenset({ActivationFormat.STANDARD, ActivationFormat.BATCHED_EXPERTS})
+    host_syncs = 1
+    deterministic = True
+
+    def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
+        super().__init__(config, weights)
+        device = weights.w13.device
+        sm = None
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            sm = 10 * major + minor
+        self._ends_stay_on_device = _why_host_sync(config, sm) is None
+
+    @classmethod
+    def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
+        why_host_sync = _why_host_sync(config, environment.sm)
+        return Verdict.of(
+            gate_dtype(config, torch.bfloat16, torch.float16, torch.float32),
+            gate_quantization(config),
+            Gate("torch", environment.torch_at_least(2, 8), environment.torch_version, "torch 2.8 or newer"),
+            gate_cuda_graph(config, why_host_sync is None, f"the host reads the expert counts, since {why_host_sync}"),
+        )
+
+    @classmethod
+    def memory(cls, config: MoEConfig) -> Mapping[str, int]:
+        """Peak temporaries in the Standard format, with as many rows as the EP group can send to this rank."""
+        rows_per_rank = min(config.dispatch_capacity or config.max_tokens_per_rank, config.max_tokens_per_rank)
+        num_rows = rows_per_rank * config.parallel.ep_size
+        num_pairs, inner, width = num_rows * config.top_k, config.local_intermediate_size, config.dtype.itemsize
+        return {
+            "sorted_activations": num_pairs * config.hidden_size * width,
+            "gate_up": num_pairs * 2 * inner * (width + torch.float32.itemsize),
+            "intermediate": num_pairs * inner * (width + torch.float32.itemsize),
+            "pair_output": num_pairs * config.hidden_size * width,
+            "output": num_rows * config.hidden_size * width,
+        }
+
+    def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:
+        """See Experts.apply."""
+        if dispatched.activation_format is ActivationFormat.BATCHED_EXPERTS:
+            return self._apply_batched(dispatched)
+        return self._apply_standard(dispatched)
+
+    def _apply_standard(self, dispatched: Dispatched) -> torch.Tensor:
+        x, local_ids = dispatched.activations, dispatched.local_ids
+        assert local_ids is not None
+        num_experts, (num_rows, top_k) = self.config.num_local_experts, local_ids.shape
+        output = x.new_empty(num_rows, self.config.hidden_size)
+        if num_experts == 0 or num_rows == 0:
+            return output.zero_()
+
+        ids = local_ids.flatten()
+        sorted_ids, order = torch.sort(torch.where(ids < 0, num_experts, ids), stable=True)
+        experts = torch.arange(num_experts, dtype=sorted_ids.dtype, device=x.device)
+        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+        if self._ends_stay_on_device:
+            pair_output = self._grouped(x[order // top_k], sorted_ids.clamp(max=num_experts - 1), ends)
+        else:
+            host_ends = ends.tolist()
+            pair_output = self._looped(x[order[: host_ends[-1]] // top_k], host_ends)
+
+        slots = torch.empty_like(order, dtype=torch.int32)
+        slots[order] = torch.arange(order.numel(), dtype=torch.int32, device=x.device)
+        index = torch.where(ids < 0, -1, slots).view(num_rows, top_k)
+        return row_sum(pair_output, index, dispatched.topk_weights, output)
+
+    def _grouped(self, rows: torch.Tensor, experts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """rows [P, H] sorted by expert, experts int [P], ends int32 [E] -> [P, H]; undefined past the last end."""
+        weights = self.weights
+        gate_up = _grouped_mm(rows, weights.w13.mT, offs=ends).float()
+        if weights.w13_bias is not None:
+            gate_up += weights.w13_bias[experts]
+        output = _grouped_mm(self._activate(gate_up), weights.w2.mT, offs=ends)
+        if weights.w2_bias is not None:
+            output = (output.float() + weights.w2_bias[experts]).to(output.dtype)
+        return output
+
+    def _looped(self, rows: torch.Tensor, ends: list[int]) -> torch.Tensor:
+        """rows [P, H] sorted by expert, segment ends of each expert -> [P, H]."""
+        output = torch.empty_like(rows)
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                output[start:end] = self._one_expert(rows[start:end], expert)
+            start = end
+        return output
+
+    def _apply_batched(self, dispatched: Dispatched) -> torch.Tensor:
+        x, expert_num_tokens = dispatched.activations, dispatched.expert_num_tokens
+        assert expert_num_tokens is not None
+        if not x.is_cuda:
+            output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for expert, count in enumerate(expert_num_tokens.tolist()):
+                if count:
+                    output[expert, :count] = self._one_expert(x[expert, :count], expert)
+            return output
+        weights = self.weights
+        gate_up = torch.bmm(x, weights.w13.mT).float()
+        if weights.w13_bias is not None:
+            gate_up += weights.w13_bias[:, None]
+        output = torch.bmm(self._activate(gate_up), weights.w2.mT)
+        if weights.w2_bias is not None:
+            output = (output.float() + weights.w2_bias[:, None]).to(output.dtype)
+        return output
+
+    def _one_expert(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """rows [P, H] of one expert -> [P, H]."""
+        weights = self.weights
+        gate_up = (rows @ weights.w13[expert].T).float()
+        if weights.w13_bias is not None:
+            gate_up += weights.w13_bias[expert]
+        output = self._activate(gate_up) @ weights.w2[expert].T
+        if weights.w2_bias is not None:
+            output = (output.float() + weights.w2_bias[expert]).to(output.dtype)
+        return output
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """fp32 [..., 2I] -> [..., I] in the layer's dtype."""
+        return gated_activation_of(self.config, gate_up).to(self.config.dtype)
+
+
+def _why_host_sync(config: MoEConfig, sm: int | None) -> str | None:
+    """Why grouped_mm cannot take the segment ends from the device, or None where it can."""
+    if sm is None:
+        return "there is no CUDA device"
+    if sm // 10 not in (9, 10):
+        return f"grouped_mm has kernels for SM 9x and 10x, not {sm}"
+    if config.dtype is not torch.bfloat16:
+        return f"grouped_mm has bf16 kernels, not {dtype_name(config.dtype)}"
+    for size in (config.hidden_size, config.local_intermediate_size):
+        if size % 8:
+            return f"grouped_mm needs sizes in multiples of 8, not {size}"
+    return None

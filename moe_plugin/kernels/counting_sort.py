@@ -1,0 +1,209 @@
+"""Stable counting sort of (row, k) pairs by local expert, each expert's segment padded to whole blocks.
+
+Example, N = 3 rows, K = 2, two experts, block_m = 2:
+
+    local_ids          [[1, 0], [1, -1], [1, 0]]      pair p = n * K + k: 0 .. 5; -1 is skipped
+    sorted_pairs       [1, 5 | 0, 2 | 4, 6 | ...]     expert 0: pairs 1, 5; expert 1: pairs 0, 2, 4 and one padding
+    block_expert       [0, 1, 1, -1]                  one entry per block of two slots; -1 is unused
+    expert_num_tokens  [2, 3]
+
+Three launches, none with atomics, so the order is that of the pairs in every run:
+
+    count   chunk_counts[c, e] = pairs of expert e in chunk c of SORT_CHUNK pairs
+    scan    chunk_counts[c, e] = pairs of expert e in the chunks before c; expert_num_tokens[e] = all of them
+    place   slot of a pair = segment start of its expert + chunk_counts[c, e] + its rank within the chunk
+
+All sizes follow from (N, K, experts, block_m), see `tiling.max_num_blocks`: no host sync, capturable in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_plugin.kernels.tiling import SORT_CHUNK, cdiv
+
+_EXPERT_TILE = 64
+_CHUNK_TILE = 64
+_RANK_TILE = 32
+_BLOCK_TILE = 32
+
+
+@triton.jit
+def _load_ids(
+    local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr
+):  # fmt: skip
+    rows = pairs // TOP_K
+    offsets = rows.to(tl.int64) * stride_n + (pairs - rows * TOP_K) * stride_k
+    ids = tl.load(local_ids_ptr + offsets, mask=pairs < num_pairs, other=-1)
+    return tl.where(ids < NUM_EXPERTS, ids, -1)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _count_kernel(
+    local_ids_ptr, chunk_counts_ptr, num_pairs, stride_n, stride_k,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    experts = tl.program_id(1) * EXPERT_TILE + tl.arange(0, EXPERT_TILE)
+    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
+    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(chunk_counts_ptr + chunk * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _scan_kernel(
+    chunk_counts_ptr, expert_num_tokens_ptr, num_chunks,
+    NUM_EXPERTS: tl.constexpr, CHUNK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    experts = tl.program_id(0) * EXPERT_TILE + tl.arange(0, EXPERT_TILE)
+    before = tl.zeros([EXPERT_TILE], tl.int32)
+    first_chunk = 0
+    # A runtime bound of range() is more than the interpreter can take under NumPy 2.4.
+    while first_chunk < num_chunks:
+        chunks = first_chunk + tl.arange(0, CHUNK_TILE)
+        counts_ptrs = chunk_counts_ptr + chunks[:, None] * NUM_EXPERTS + experts[None, :]
+        mask = (chunks < num_chunks)[:, None] & (experts < NUM_EXPERTS)[None, :]
+        counts = tl.load(counts_ptrs, mask=mask, other=0)
+        tl.store(counts_ptrs, before[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
+        before += tl.sum(counts, axis=0)
+        first_chunk += CHUNK_TILE
+    tl.store(expert_num_tokens_ptr + experts, before, mask=experts < NUM_EXPERTS)
+
+
+@triton.jit
+def _load_segments(
+    expert_num_tokens_ptr, first_expert, segment_end,
+    NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    """Experts of one tile with the starts and ends of their padded segments, given the end of those before."""
+    experts = first_expert + tl.arange(0, EXPERT_TILE)
+    counts = tl.load(expert_num_tokens_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
+    padded = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    ends = segment_end + tl.cumsum(padded, axis=0)
+    return experts, counts, ends - padded, ends
+
+
+@triton.jit
+def _place_pairs(
+    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, chunk,
+    num_pairs, stride_n, stride_k,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    RANK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the pairs of one chunk to their slots."""
+    lanes = tl.arange(0, CHUNK)
+    pairs = chunk * CHUNK + lanes
+    ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
+    slots = tl.load(chunk_counts_ptr + chunk * NUM_EXPERTS + ids, mask=ids >= 0, other=0)
+
+    for first_lane in range(0, CHUNK, RANK_TILE):
+        other_lanes = first_lane + tl.arange(0, RANK_TILE)
+        other_ids = _load_ids(
+            local_ids_ptr, chunk * CHUNK + other_lanes, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K
+        )
+        earlier = (ids[:, None] == other_ids[None, :]) & (other_lanes[None, :] < lanes[:, None])
+        slots += tl.sum(earlier.to(tl.int32), axis=1)
+
+    segment_end = 0
+    for first_expert in range(0, NUM_EXPERTS, EXPERT_TILE):
+        experts, _, starts, ends = _load_segments(
+            expert_num_tokens_ptr, first_expert, segment_end, NUM_EXPERTS, BLOCK_M, EXPERT_TILE
+        )
+        slots += tl.sum(tl.where(ids[:, None] == experts[None, :], starts[None, :], 0), axis=1)
+        segment_end = tl.max(ends, axis=0)
+
+    tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
+
+
+@triton.jit
+def _label_blocks(
+    expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, tile, num_pairs, num_blocks,
+    NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    """Name the expert of each block of one tile and fill the slots that hold no pair."""
+    blocks = tile * BLOCK_TILE + tl.arange(0, BLOCK_TILE)
+    first_slots = blocks * BLOCK_M
+    block_expert = tl.zeros([BLOCK_TILE], tl.int32)
+    filled_end = tl.zeros([BLOCK_TILE], tl.int32)
+    segment_end = 0
+    for first_expert in range(0, NUM_EXPERTS, EXPERT_TILE):
+        experts, counts, starts, ends = _load_segments(
+            expert_num_tokens_ptr, first_expert, segment_end, NUM_EXPERTS, BLOCK_M, EXPERT_TILE
+        )
+        passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
+        block_expert += tl.sum(passed.to(tl.int32), axis=1)
+        # Starts ascend, so of all segments begun by the block's first slot the last one ends furthest.
+        begun = starts[None, :] <= first_slots[:, None]
+        filled_end = tl.maximum(filled_end, tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1))
+        segment_end = tl.max(ends, axis=0)
+
+    in_range = blocks < num_blocks
+    tl.store(block_expert_ptr + blocks, tl.where(first_slots < segment_end, block_expert, -1), mask=in_range)
+    slots = first_slots[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    padding = in_range[:, None] & (slots >= filled_end[:, None])
+    tl.store(sorted_pairs_ptr + slots, tl.zeros([BLOCK_TILE, BLOCK_M], tl.int32) + num_pairs, mask=padding)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_chunks", "num_blocks"])
+def _place_kernel(
+    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr,
+    num_pairs, num_chunks, num_blocks, stride_n, stride_k,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    RANK_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < num_chunks:
+        _place_pairs(
+            local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, program,
+            num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K, BLOCK_M, CHUNK, RANK_TILE, EXPERT_TILE,
+        )  # fmt: skip
+    else:
+        _label_blocks(
+            expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, program - num_chunks,
+            num_pairs, num_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE, EXPERT_TILE,
+        )  # fmt: skip
+
+
+def counting_sort(
+    local_ids: torch.Tensor,
+    num_experts: int,
+    block_m: int,
+    *,
+    sorted_pairs: torch.Tensor,
+    block_expert: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    chunk_counts: torch.Tensor,
+) -> None:
+    """Sort the pairs of `local_ids` by expert into buffers shaped by `tiling.counting_sort_shapes`.
+
+    local_ids: int32 [N, K], any strides; entries outside [0, num_experts) are skipped.
+    block_m: power of two.
+    sorted_pairs: int32 [blocks * block_m], receives pair indices n * K + k; padding is N * K.
+    block_expert: int32 [blocks], receives each block's expert; -1 past the last segment.
+    expert_num_tokens: int32 [num_experts], receives the pairs of each expert.
+    chunk_counts: int32 [chunks, num_experts], scratch.
+    """
+    num_pairs, top_k = local_ids.numel(), local_ids.shape[1]
+    if num_experts == 0:
+        return
+    if num_pairs == 0:
+        expert_num_tokens.zero_()
+        return
+    num_chunks, num_blocks = chunk_counts.shape[0], block_expert.numel()
+    expert_tiles = cdiv(num_experts, _EXPERT_TILE)
+    stride_n, stride_k = local_ids.stride()
+    _count_kernel[(num_chunks, expert_tiles)](
+        local_ids, chunk_counts, num_pairs, stride_n, stride_k,
+        NUM_EXPERTS=num_experts, TOP_K=top_k, CHUNK=SORT_CHUNK, EXPERT_TILE=_EXPERT_TILE, num_warps=4,
+    )  # fmt: skip
+    _scan_kernel[(expert_tiles,)](
+        chunk_counts, expert_num_tokens, num_chunks,
+        NUM_EXPERTS=num_experts, CHUNK_TILE=_CHUNK_TILE, EXPERT_TILE=_EXPERT_TILE, num_warps=4,
+    )  # fmt: skip
+    _place_kernel[(num_chunks + cdiv(num_blocks, _BLOCK_TILE),)](
+        local_ids, chunk_counts, expert_num_tokens, sorted_pairs, block_expert,
+        num_pairs, num_chunks, num_blocks, stride_n, stride_k,
+        NUM_EXPERTS=num_experts, TOP_K=top_k, BLOCK_M=block_m, CHUNK=SORT_CHUNK, RANK_TILE=_RANK_TILE,
+        BLOCK_TILE=_BLOCK_TILE, EXPERT_TILE=_EXPERT_TILE, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,555 @@
+"""The two parts a layer is made of, what passes between them, and the kernel that runs them.
+
+    hidden_states [T,H], topk_ids [T,K], topk_weights [T,K]
+      -> PrepareAndFinalize.prepare  -> Dispatched
+      -> Experts.apply               -> expert output
+      -> PrepareAndFinalize.finalize -> [T,H]
+
+Everything about one call travels in `Dispatched`; the objects keep none of it, so any number of micro-batches may
+be between prepare and finalize at the same time.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+import torch
+
+from moe_plugin.config import MoEConfig
+from moe_plugin.environment import Environment
+from moe_plugin.errors import DtypeError, HandleError, InputError, ShapeError, TooManyTokensError
+from moe_plugin.verdict import Verdict, dtype_name
+from moe_plugin.workspace import Workspace, WorkspaceArena
+
+T = TypeVar("T")
+
+ID_DTYPES = (torch.int16, torch.int32, torch.int64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ActivationFormat(str, enum.Enum):
+    """How dispatched activations lie in memory."""
+
+    STANDARD = "Standard"
+    """[N, H]: received rows in the dispatcher's order; `local_ids` says which experts want each."""
+    BATCHED_EXPERTS = "BatchedExperts"
+    """[local_experts, max_tokens, H]: the first `expert_num_tokens[e]` rows of slice e are expert e's."""
+
+
+class RouterWeightStage(str, enum.Enum):
+    """The one place where router weights are applied."""
+
+    BEFORE_DISPATCH = "before_dispatch"
+    """Already multiplied into the activations (top-k 1 only)."""
+    EXPERTS_GATHER = "experts_gather"
+    """By Experts, when it sums a row's expert outputs."""
+    COMBINE = "combine"
+    """By PrepareAndFinalize.finalize; Experts returns unweighted rows."""
+
+
+@dataclass(slots=True)
+class DispatchHandle:
+    """What finalize needs to know about its prepare. Classes extend it with their own fields.
+
+    owner: the PrepareAndFinalize that made it.
+    num_tokens: T of the call.
+    workspace: scratch memory of the call, released by finalize.
+    """
+
+    owner: PrepareAndFinalize
+    num_tokens: int
+    workspace: Workspace
+    finalized: bool = field(default=False, kw_only=True)
+
+    def consume(self, owner: PrepareAndFinalize) -> None:
+        """Claim the handle for one finalize.
+
+        Raises HandleError when it was finalized before or comes from another object.
+        """
+        if self.owner is not owner:
+            raise HandleError(
+                f"this handle comes from another {self.owner.name} object; finalize with the one that prepared it"
+            )
+        if self.finalized:
+            raise HandleError(
+                f"{owner.name}: finalize was already called with this handle; every prepare has one finalize"
+            )
+        self.finalized = True
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatched:
+    """What Experts computes on.
+
+    activations: [N, H] (rows may be strided) or [local_experts, max_tokens, H], contiguous in H.
+    activation_format: which of the two.
+    router_weight_stage: who applies router weights in this call.
+    local_ids: int32 [N, K], slot of the expert on this rank, -1 where the row wants none of its own. Standard only.
+    topk_weights: fp32 [N, K]; present exactly when Experts applies them.
+    expert_num_tokens: int32 [local_experts] on the device; required for BatchedExperts, optional for Standard.
+    scales: activation scales when the dispatcher quantized, else None.
+    handle: for finalize.
+    """
+
+    activations: torch.Tensor
+    activation_format: ActivationFormat
+    router_weight_stage: RouterWeightStage
+    handle: DispatchHandle
+    local_ids: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    expert_num_tokens: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        at_gather = self.router_weight_stage is RouterWeightStage.EXPERTS_GATHER
+        if at_gather != (self.topk_weights is not None):
+            raise HandleError(
+                f"topk_weights must travel exactly when experts apply them; stage is {self.router_weight_stage.value}"
+            )
+        needed = "local_ids" if self.activation_format is ActivationFormat.STANDARD else "expert_num_tokens"
+        if getattr(self, needed) is None:
+            raise HandleError(f"activation format {self.activation_format.value} needs {needed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """This rank's experts: w13 [El, 2I, H] (gate rows first), w2 [El, H, I]; fp8 scales; biases [El, 2I] and [El, H]."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+
+    def check(self, config: MoEConfig) -> None:
+        """Raises ShapeError or DtypeError when the weights do not fit `config`."""
+        experts, inner, hidden = config.num_local_experts, config.local_intermediate_size, config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"w13": (experts, 2 * inner, hidden), "w2": (experts, hidden, inner)}
+        if config.has_bias:
+            shapes |= {"w13_bias": (experts, 2 * inner), "w2_bias": (experts, hidden)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                raise ShapeError(f"{name} {list(shape)} is required by has_bias=True and was not given")
+            if tuple(tensor.shape) != shape:
+                raise ShapeError(f"{name} must be {list(shape)} on this rank, got {list(tensor.shape)}")
+        for name in ("w13", "w2"):
+            if getattr(self, name).dtype != config.weight_dtype:
+                raise DtypeError(
+                    f"{name} must be {dtype_name(config.weight_dtype)}, got {dtype_name(getattr(self, name).dtype)}"
+                )
+        scales = (self.w13_scale, self.w2_scale)
+        if config.quantization is not None and None in scales:
+            raise ShapeError(f"{config.quantization.name} weights need w13_scale and w2_scale")
+        if config.quantization is None and scales != (None, None):
+            raise ShapeError("w13_scale and w2_scale were given, but the configuration is unquantized")
+        if not config.has_bias and (self.w13_bias is not None or self.w2_bias is not None):
+            raise ShapeError("biases were given, but the configuration says has_bias=False")
+
+
+class Receiver(Generic[T]):
+    """The second half of an asynchronous prepare or finalize: `wait()` once, get the result."""
+
+    def __init__(self, complete: Callable[[], T]) -> None:
+        self._complete: Callable[[], T] | None = complete
+
+    def wait(self) -> T:
+        """Complete the operation. On CUDA the current stream waits, not the host."""
+        if self._complete is None:
+            raise HandleError("this receiver was already waited for")
+        complete, self._complete = self._complete, None
+        return complete()
+
+
+class StrategyPart(abc.ABC):
+    """What PrepareAndFinalize, Experts and Monolithic classes have in common.
+
+    name: the registry key, also flag value, file name, test id and bench label.
+    description: one line for the strategy table.
+    host_syncs: host synchronizations of one eager call on a CUDA device.
+    deterministic: the same input gives bitwise the same output.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str] = ""
+    host_syncs: ClassVar[int] = 0
+    deterministic: ClassVar[bool] = True
+
+    @classmethod
+    @abc.abstractmethod
+    def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
+        """Whether this class can run `config` in `environment`: pure, touches no device."""
+
+    @classmethod
+    def memory(cls, config: MoEConfig) -> Mapping[str, int]:
+        """Bytes of workspace per buffer that a call of `max_tokens_per_rank` tokens takes, computed, not allocated."""
+        return {}
+
+
+class PrepareAndFinalize(StrategyPart):
+    """Takes tokens to the ranks that own their experts and brings the results back.
+
+    activation_format: what prepare returns.
+    router_weight_stage: who applies router weights, unless the configuration applies them on input.
+    """
+
+    activation_format: ClassVar[ActivationFormat] = ActivationFormat.STANDARD
+    router_weight_stage: ClassVar[RouterWeightStage] = RouterWeightStage.EXPERTS_GATHER
+
+    def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
+        self.config = config
+        self.arena = arena
+
+    @abc.abstractmethod
+    def prepare(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+    ) -> Dispatched:
+        """Dispatch. Inputs are validated for shape and dtype, ids are not; none of them is changed.
+
+        hidden_states [T, H]; topk_ids int [T, K], global, -1 = dropped; topk_weights float [T, K].
+        max_num_tokens: a bound on T that every rank gives alike (a server's padded batch), or None.
+        """
+
+    @abc.abstractmethod
+    def finalize(
+        self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Combine the experts' rows into [T, H] (written to `out` when given) and release the workspace."""
+
+    def prepare_async(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+    ) -> Receiver[Dispatched]:
+        """Start a dispatch; a class that cannot overlap does it all here."""
+        dispatched = self.prepare(hidden_states, topk_ids, topk_weights, max_num_tokens)
+        return Receiver(lambda: dispatched)
+
+    def finalize_async(
+        self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+    ) -> Receiver[torch.Tensor]:
+        """Start a combine; a class that cannot overlap does it all here."""
+        result = self.finalize(expert_output, handle, out)
+        return Receiver(lambda: result)
+
+    def abort(self, problem: InputError, max_num_tokens: int | None = None) -> NoReturn:
+        """Called instead of prepare when this rank's arguments are wrong.
+
+        A class that communicates takes its place in the exchange its peers are in, tells them, and raises on all.
+        """
+        raise problem
+
+    def check_errors(self) -> None:
+        """A host point for errors found on the device: raise what earlier calls flagged. Synchronizes."""
+
+
+class Experts(StrategyPart):
+    """The grouped GEMMs and the activation on whatever was dispatched."""
+
+    activation_formats: ClassVar[frozenset[ActivationFormat]] = frozenset({ActivationFormat.STANDARD})
+
+    def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
+        self.config = config
+        self.weights = weights
+
+    @classmethod
+    def extra_weight_bytes(cls, config: MoEConfig) -> int:
+        """Bytes of a second copy of the weights, where `prepare_weights` has to make one."""
+        return 0
+
+    @classmethod
+    def prepare_weights(cls, config: MoEConfig, weights: ExpertWeights) -> ExpertWeights:
+        """Bring the weights into the layout this class computes on; as they are, unless overridden."""
+        return weights
+
+    @abc.abstractmethod
+    def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:
+        """Compute this rank's experts.
+
+        Standard -> [N, H]: for each row the sum over its local experts, weighted when the stage is EXPERTS_GATHER;
+        zeros for a row that hits none. BatchedExperts -> [local_experts, max_tokens, H], unweighted; rows past the
+        count are undefined. In `config.dtype`, contiguous.
+        """
+
+
+class Monolithic(StrategyPart):
+    """Dispatch, experts and combine as one kernel."""
+
+    def __init__(self, config: MoEConfig, weights: ExpertWeights, arena: WorkspaceArena) -> None:
+        self.config = config
+        self.weights = weights
+        self.arena = arena
+
+    @abc.abstractmethod
+    def apply(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The whole layer on validated inputs: [T, H]."""
+
+    def abort(self, problem: InputError, max_num_tokens: int | None = None) -> NoReturn:
+        """See PrepareAndFinalize.abort."""
+        raise problem
+
+    def check_errors(self) -> None:
+        """See PrepareAndFinalize.check_errors."""
+
+
+def validate_inputs(
+    config: MoEConfig,
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    max_num_tokens: int | None,
+    out: torch.Tensor | None,
+) -> None:
+    """Raises the InputError that names what is wrong with a call's arguments; looks at no values."""
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != config.hidden_size:
+        raise ShapeError(f"hidden_states must be [T, {config.hidden_size}], got {list(hidden_states.shape)}")
+    num_tokens = hidden_states.shape[0]
+    if hidden_states.dtype != config.dtype:
+        raise DtypeError(f"hidden_states must be {dtype_name(config.dtype)}, got {dtype_name(hidden_states.dtype)}")
+    for name, tensor, dtypes in (("topk_ids", topk_ids, ID_DTYPES), ("topk_weights", topk_weights, WEIGHT_DTYPES)):
+        if tuple(tensor.shape) != (num_tokens, config.top_k):
+            raise ShapeError(f"{name} must be {[num_tokens, config.top_k]}, got {list(tensor.shape)}")
+        if tensor.dtype not in dtypes:
+            raise DtypeError(
+                f"{name} must be one of {', '.join(map(dtype_name, dtypes))}, got {dtype_name(tensor.dtype)}"
+            )
+        if tensor.device != hidden_states.device:
+            raise InputError(
+                f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}; they must be together"
+            )
+    if num_tokens > config.max_tokens_per_rank:
+        raise TooManyTokensError(f"{num_tokens} tokens exceed max_tokens_per_rank={config.max_tokens_per_rank}")
+    if max_num_tokens is not None and not num_tokens <= max_num_tokens <= config.max_tokens_per_rank:
+        raise TooManyTokensError(
+            f"max_num_tokens={max_num_tokens} must lie between T={num_tokens} "
+            f"and max_tokens_per_rank={config.max_tokens_per_rank}"
+        )
+    if out is not None and (out.shape != hidden_states.shape or out.dtype != config.dtype):
+        raise ShapeError(
+            f"out must be {list(hidden_states.shape)} {dtype_name(config.dtype)}, "
+            f"got {list(out.shape)} {dtype_name(out.dtype)}"
+        )
+
+
+class MoELayer(abc.ABC):
+    """A built layer, ready to call. `strategy` is its name, `report` says why it was chosen."""
+
+    config: MoEConfig
+    strategy: str
+    report: Any = None
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        *,
+        max_num_tokens: int | None = None,
+        shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the layer.
+
+        hidden_states: [T, H] in config.dtype; never changed.
+        topk_ids: int16/32/64 [T, K], global expert ids; -1 drops the pair.
+        topk_weights: fp32/bf16/fp16 [T, K], applied literally.
+        max_num_tokens: the padded batch size every rank announces alike; it decides the phase and, in fixed-capacity
+            dispatch, how many rows travel.
+        shared_experts: called on hidden_states while tokens travel; its [T, H] result is added.
+        out: where to write.
+        Returns [T, H] in config.dtype. Raises InputError subclasses, CapacityError, PeerLostError.
+        """
+        if torch.compiler.is_compiling() and shared_experts is None and out is None:
+            return torch.ops.moe_plugin.moe_layer(hidden_states, topk_ids, topk_weights, self.op_key, max_num_tokens)
+        return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
+
+    @property
+    def op_key(self) -> int:
+        """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
+        key = self.__dict__.get("_op_key")
+        if key is None:
+            key = self.__dict__["_op_key"] = next(_op_keys)
+            _layers[key] = self
+        return key
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+        shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The computation behind `__call__`."""
+
+    @abc.abstractmethod
+    def check_errors(self) -> None:
+        """Raise what calls since the last check flagged on the device (ids out of range, capacity overflow).
+
+        A host point: synchronizes, and every rank of a group must come to it. Needed after graph replays and after
+        asynchronous CUDA calls; eager calls look at the flags of the call before them.
+        """
+
+
+class ModularKernel(MoELayer):
+    """Runs one (PrepareAndFinalize, Experts) pair."""
+
+    def __init__(self, prepare_finalize: PrepareAndFinalize, experts: Experts) -> None:
+        self.prepare_finalize = prepare_finalize
+        self.experts = experts
+        self.config = prepare_finalize.config
+        self.strategy = f"{prepare_finalize.name}+{experts.name}"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+        shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._validate(hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+        if shared_experts is None:
+            dispatched = self.prepare_finalize.prepare(hidden_states, topk_ids, topk_weights, max_num_tokens)
+            return self.finalize(self.apply_experts(dispatched), dispatched, out)
+        receiver = self.prepare_finalize.prepare_async(hidden_states, topk_ids, topk_weights, max_num_tokens)
+        shared = shared_experts(hidden_states)
+        dispatched = receiver.wait()
+        return self.finalize(self.apply_experts(dispatched), dispatched, out).add_(shared)
+
+    def prepare(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+    ) -> Dispatched:
+        """Validate and dispatch."""
+        self._validate(hidden_states, topk_ids, topk_weights, max_num_tokens)
+        return self.prepare_finalize.prepare(hidden_states, topk_ids, topk_weights, max_num_tokens)
+
+    def prepare_async(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+    ) -> Receiver[Dispatched]:
+        """Validate and start to dispatch."""
+        self._validate(hidden_states, topk_ids, topk_weights, max_num_tokens)
+        return self.prepare_finalize.prepare_async(hidden_states, topk_ids, topk_weights, max_num_tokens)
+
+    def apply_experts(self, dispatched: Dispatched) -> torch.Tensor:
+        """The expert computation on what prepare returned."""
+        return self.experts.apply(dispatched, dispatched.handle.workspace)
+
+    def finalize(
+        self, expert_output: torch.Tensor, dispatched: Dispatched, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Combine into [T, H]."""
+        return self.prepare_finalize.finalize(expert_output, _handle(dispatched), out)
+
+    def finalize_async(
+        self, expert_output: torch.Tensor, dispatched: Dispatched, out: torch.Tensor | None = None
+    ) -> Receiver[torch.Tensor]:
+        """Start to combine."""
+        return self.prepare_finalize.finalize_async(expert_output, _handle(dispatched), out)
+
+    def check_errors(self) -> None:
+        self.prepare_finalize.check_errors()
+
+    def _validate(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        try:
+            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+        except InputError as problem:
+            self.prepare_finalize.abort(problem, max_num_tokens)
+
+
+def _handle(dispatched: Dispatched) -> DispatchHandle:
+    if not isinstance(dispatched, Dispatched):
+        raise HandleError(f"finalize takes the Dispatched that prepare returned, got {type(dispatched).__name__}")
+    return dispatched.handle
+
+
+class MonolithicKernel(MoELayer):
+    """Runs a Monolithic strategy."""
+
+    def __init__(self, monolithic: Monolithic) -> None:
+        self.monolithic = monolithic
+        self.config = monolithic.config
+        self.strategy = monolithic.name
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+        shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        try:
+            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+        except InputError as problem:
+            self.monolithic.abort(problem, max_num_tokens)
+        result = self.monolithic.apply(hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+        return result if shared_experts is None else result.add_(shared_experts(hidden_states))
+
+    def check_errors(self) -> None:
+        self.monolithic.check_errors()
+
+
+_layers: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()
+_op_keys = itertools.count()
+
+
+@torch.library.custom_op("moe_plugin::moe_layer", mutates_args=())
+def _moe_layer(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    layer: int,
+    max_num_tokens: int | None,
+) -> torch.Tensor:
+    return _layers[layer].forward(hidden_states, topk_ids, topk_weights, max_num_tokens)
+
+
+@_moe_layer.register_fake
+def _moe_layer_fake(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    layer: int,
+    max_num_tokens: int | None,
+) -> torch.Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

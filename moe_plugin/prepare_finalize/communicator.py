@@ -1,0 +1,147 @@
+"""The collectives that dispatch and combine use, each bounded in time and ending in a PeerLostError that names who.
+
+A group of one rank needs no process group: its collectives are copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_plugin.errors import ConfigError, PeerLostError
+
+ROLL_CALL_SECONDS = 2.0
+"""How long a rank that lost a collective waits for others to say that they are alive."""
+
+
+@functools.cache
+def communication_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The one stream of `device` on which asynchronous dispatch and combine run; None on CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class PendingCollective:
+    """A started collective."""
+
+    def __init__(self, communicator: Communicator, work: Any, phase: str) -> None:
+        self._communicator, self._work, self._phase = communicator, work, phase
+
+    def wait(self) -> None:
+        """On gloo, block until it is done; on NCCL, make the current stream wait."""
+        if self._work is not None:
+            self._communicator.guard(self._phase, lambda: self._communicator.wait_for(self._work))
+
+
+class Communicator:
+    """Collectives over one process group.
+
+    group: None when size is 1. timeout_seconds bounds every wait of the host.
+    """
+
+    def __init__(self, group: Any, size: int, rank: int, timeout_seconds: float) -> None:
+        if size > 1 and group is None:
+            raise ConfigError(
+                f"a layer over {size} ranks needs its process group to run; sizes alone only answer explain()"
+            )
+        self.group, self.size, self.rank = group, size, rank
+        self.timeout_seconds = timeout_seconds
+        self.is_nccl = group is not None and size > 1 and "nccl" in str(dist.get_backend(group))
+        self._roll_calls = 0
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor, phase: str) -> PendingCollective:
+        """out [R, *mine.shape] receives every rank's `mine`."""
+        if self.size == 1:
+            out.view(mine.shape).copy_(mine)
+            return PendingCollective(self, None, phase)
+        joined = out.view(self.size * mine.shape[0], *mine.shape[1:])
+        return self._start(phase, lambda: dist.all_gather_into_tensor(joined, mine, group=self.group, async_op=True))
+
+    def all_to_all(
+        self,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        phase: str,
+        out_splits: Sequence[int] | None = None,
+        splits: Sequence[int] | None = None,
+    ) -> PendingCollective:
+        """Exchange rows of dimension 0: `splits` rows to each rank, `out_splits` from each; equal parts when None."""
+        if self.size == 1:
+            out.copy_(rows)
+            return PendingCollective(self, None, phase)
+        received = None if out_splits is None else list(out_splits)
+        sent = None if splits is None else list(splits)
+        return self._start(
+            phase, lambda: dist.all_to_all_single(out, rows, received, sent, group=self.group, async_op=True)
+        )
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str) -> PendingCollective:
+        """Sum in place."""
+        if self.size == 1:
+            return PendingCollective(self, None, phase)
+        return self._start(phase, lambda: dist.all_reduce(tensor, group=self.group, async_op=True))
+
+    def reduce_scatter(self, out: torch.Tensor, tensor: torch.Tensor, phase: str) -> PendingCollective:
+        """out [N, ...] receives this rank's part of the sum of every rank's tensor [R * N, ...]."""
+        if self.size == 1:
+            out.copy_(tensor)
+            return PendingCollective(self, None, phase)
+        return self._start(phase, lambda: dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=True))
+
+    def gather_objects(self, mine: Any, phase: str) -> list[Any]:
+        """Every rank's object, in rank order. Slow; for building layers and for reporting errors."""
+        if self.size == 1:
+            return [mine]
+        objects: list[Any] = [None] * self.size
+        self.guard(phase, lambda: dist.all_gather_object(objects, mine, group=self.group))
+        return objects
+
+    def read_host(self, pinned: torch.Tensor, event: torch.cuda.Event | None, phase: str) -> list[Any]:
+        """The values of `pinned` once `event` has passed; PeerLostError when it does not within the time limit."""
+        if event is not None:
+            deadline = time.monotonic() + self.timeout_seconds
+            while not event.query():
+                if time.monotonic() > deadline:
+                    raise PeerLostError(phase, self.missing_ranks(), self.timeout_seconds)
+        return pinned.tolist()
+
+    def wait_for(self, work: Any) -> None:
+        if self.is_nccl:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=self.timeout_seconds))
+
+    def guard(self, phase: str, run: Callable[[], Any]) -> Any:
+        """Run part of a collective; what torch.distributed raises becomes a PeerLostError."""
+        try:
+            return run()
+        except RuntimeError as problem:
+            detail, missing = str(problem).splitlines()[0], self.missing_ranks()
+            if missing == [] and "time" not in detail.lower():
+                raise  # everybody is there and in time: not a lost peer but a mistake in the call
+            raise PeerLostError(phase, missing, self.timeout_seconds, detail) from problem
+
+    def missing_ranks(self) -> list[int] | None:
+        """Global ranks of this group that do not answer a roll call in the store; None if the store is gone too."""
+        self._roll_calls += 1
+        members = dist.get_process_group_ranks(self.group)
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            prefix = f"moe_plugin/alive/{self.group.group_name}/{self._roll_calls}"
+            store.set(f"{prefix}/{dist.get_rank()}", "alive")
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            missing = members
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]
+                time.sleep(0.02)
+            return missing
+        except (RuntimeError, AttributeError):
+            return None
+
+    def _start(self, phase: str, start: Callable[[], Any]) -> PendingCollective:
+        return PendingCollective(self, self.guard(phase, start), phase)

@@ -1,0 +1,94 @@
+"""No expert parallelism: every expert is on this rank, nothing is dispatched.
+
+With tensor parallelism each rank computes its slice of the intermediate size, and finalize adds the slices up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
+from moe_plugin.environment import Environment
+from moe_plugin.modular_kernel import Dispatched, DispatchHandle, PrepareAndFinalize, RouterWeightStage
+from moe_plugin.prepare_finalize.communicator import Communicator
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors
+from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
+from moe_plugin.verdict import Gate, Verdict, gate_dtype
+from moe_plugin.workspace import WorkspaceArena
+
+
+@dataclass(slots=True)
+class LocalHandle(DispatchHandle):
+    """Nothing beyond the base: rows never move."""
+
+
+class Local(PrepareAndFinalize):
+    """Hands the tokens to the experts as they are."""
+
+    name = "local"
+    description = "no dispatch: all experts on this rank (tensor parallelism allowed)"
+
+    def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
+        super().__init__(config, arena)
+        parallel = config.parallel
+        self._tp = Communicator(parallel.tp_group, parallel.tp_size, parallel.tp_rank, parallel.timeout_seconds)
+        self._lookup = PlacementLookup(config, arena.device)
+        self._errors = DeferredErrors(config, arena.device)
+
+    @classmethod
+    def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
+        ep_size = config.parallel.ep_size
+        return Verdict.of(
+            gate_dtype(config, *SUPPORTED_DTYPES),
+            Gate("ep_size", ep_size == 1, str(ep_size), "1: this class does not dispatch"),
+        )
+
+    def prepare(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        max_num_tokens: int | None = None,
+    ) -> Dispatched:
+        self._errors.raise_pending()
+        destinations = self._lookup(topk_ids)
+        self._errors.record(destinations.flags)
+        activations, weights, stage = weigh_input(self.config, hidden_states, topk_weights)
+        handle = LocalHandle(self, hidden_states.shape[0], self.arena.lease())
+        return Dispatched(
+            activations=activations if activations.stride(1) == 1 else activations.contiguous(),
+            activation_format=self.activation_format,
+            router_weight_stage=stage,
+            handle=handle,
+            local_ids=destinations.slot,
+            topk_weights=weights,
+        )
+
+    def finalize(
+        self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        handle.consume(self)
+        # Experts write into the workspace, which the next call reuses, so the result needs memory of its own.
+        result = torch.empty_like(expert_output) if out is None else out
+        result.copy_(expert_output)
+        self._tp.all_reduce(result, "combine").wait()
+        handle.workspace.release()
+        return result
+
+    def check_errors(self) -> None:
+        self._errors.raise_pending(synchronize=True)
+
+
+def weigh_input(
+    config: MoEConfig, hidden_states: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, RouterWeightStage]:
+    """Apply the router weight to the input when the configuration asks for it.
+
+    Returns the activations, the weights that still have to be applied (fp32) and who applies them.
+    """
+    if not config.apply_router_weight_on_input:
+        return hidden_states, topk_weights.float(), RouterWeightStage.EXPERTS_GATHER
+    weighed = (hidden_states.float() * topk_weights.float()).to(hidden_states.dtype)
+    return weighed, None, RouterWeightStage.BEFORE_DISPATCH

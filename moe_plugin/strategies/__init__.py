@@ -1,0 +1,1 @@
+"""Names, registry, gates, ranking, selection and its report."""

@@ -1,0 +1,51 @@
+"""The order in which `auto` prefers strategies, and why. The first row whose gates pass is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_plugin.config import MoEConfig
+from moe_plugin.environment import Environment
+from moe_plugin.verdict import Gate
+
+AutoGate = Callable[[MoEConfig, Environment], Gate]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One row of the table.
+
+    reason: why it stands where it stands.
+    opt_in: why `auto` never picks it, though an explicit request may; None for a strategy that `auto` may pick.
+    auto_gate: a condition that holds for `auto` alone.
+    """
+
+    strategy: str
+    reason: str
+    opt_in: str | None = None
+    auto_gate: AutoGate | None = None
+
+
+def compiled_triton(config: MoEConfig, environment: Environment) -> Gate:
+    seen = "Triton's interpreter" if environment.triton_interpret else environment.device_type
+    compiled = environment.device_type == "cuda" and not environment.triton_interpret
+    return Gate("compiled kernels (auto only)", compiled, seen, "a CUDA device: the interpreter is for tests")
+
+
+RANKING: tuple[Rank, ...] = (
+    Rank(
+        "local+triton_fused_moe",
+        "every expert is on this rank: nothing travels, and the fused kernels never wait for the host",
+        auto_gate=compiled_triton,
+    ),
+    Rank("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
+    Rank(
+        "nccl_all_to_all+triton_fused_moe",
+        "experts are spread over ranks: one packed all-to-all each way, fused kernels in between",
+        auto_gate=compiled_triton,
+    ),
+    Rank("nccl_all_to_all+torch_native", "experts are spread over ranks; torch's grouped matmul runs on any device"),
+)
+
+UNRANKED = "not in the ranking table: ask for it by name"

@@ -1,0 +1,128 @@
+"""Choosing a strategy: gates first, then the ranking table, everything recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_plugin.config import MoEConfig
+from moe_plugin.environment import Environment
+from moe_plugin.errors import NoStrategyError, StrategyUnsupportedError
+from moe_plugin.modular_kernel import Experts, PrepareAndFinalize
+from moe_plugin.strategies.gates import pair_verdict
+from moe_plugin.strategies.names import AUTO, PHASES, Request, parse_request
+from moe_plugin.strategies.ranking import RANKING, UNRANKED, Rank
+from moe_plugin.strategies.registry import experts_classes, monolithic_classes, prepare_finalize_classes
+from moe_plugin.strategies.report import Entry, SelectionReport, describe_layer
+
+
+def strategy_names() -> list[str]:
+    """Every registered strategy, ranked ones first."""
+    pairs = [f"{p}+{e}" for p in prepare_finalize_classes.all() for e in experts_classes.all()]
+    ranked = [row.strategy for row in RANKING if row.strategy in pairs or row.strategy in monolithic_classes.all()]
+    return [*ranked, *(name for name in (*pairs, *monolithic_classes.all()) if name not in ranked)]
+
+
+def parse_strategy(text: str) -> Request:
+    """Check a `--moe_strategy` value against the registry. Raises UnknownStrategyError with the nearest match."""
+    return parse_request(text, strategy_names())
+
+
+def phase_config(config: MoEConfig, phase: str) -> MoEConfig:
+    """The configuration one phase runs under: decode is what is captured and small, prefill is eager."""
+    if phase == "prefill":
+        return replace(config, cuda_graph=False)
+    return replace(config, max_tokens_per_rank=min(config.max_tokens_per_rank, config.decode_max_tokens))
+
+
+def explain(config: MoEConfig, strategy: str = AUTO, environment: Environment | None = None) -> SelectionReport:
+    """Which strategy would run `config` in `environment` (this machine when None), and why. Never touches a GPU.
+
+    Raises only UnknownStrategyError; a refused or missing choice is in the report.
+    """
+    environment = environment or Environment.probe()
+    request = parse_strategy(strategy)
+    single = survey(config, environment)
+    if not request.is_phased and request.decode != AUTO:
+        return _report(request, config, environment, dict.fromkeys(PHASES, single))
+    phased = {phase: survey(phase_config(config, phase), environment) for phase in PHASES}
+    if request.is_phased:
+        return _report(request, config, environment, phased)
+    # `auto` settles for one strategy unless a captured decode and an eager prefill prefer different ones.
+    two = _report(request, config, environment, phased)
+    return (
+        two
+        if two.is_phased and config.cuda_graph
+        else _report(request, config, environment, dict.fromkeys(PHASES, single))
+    )
+
+
+def select(config: MoEConfig, strategy: str = AUTO, environment: Environment | None = None) -> SelectionReport:
+    """`explain`, insisting on a strategy that runs.
+
+    Raises StrategyUnsupportedError when an explicit choice fails a gate (it never falls back), NoStrategyError when
+    `auto` finds none; both carry the report.
+    """
+    report = explain(config, strategy, environment)
+    for phase in PHASES:
+        entry = report.entry(phase)
+        if entry is None:
+            refused = "; ".join(f"{e.strategy}: {e.why()}" for e in report.entries[phase])
+            raise NoStrategyError(
+                f"no strategy can run this layer ({report.layer}) in {report.environment}. {refused}", report
+            )
+        if not entry.runs:
+            raise StrategyUnsupportedError(
+                f"moe_strategy {entry.strategy!r} cannot run here: {entry.verdict.reason}. "
+                f"`moe-plugin explain` shows every strategy; `auto` picks one that runs.",
+                report,
+            )
+    return report
+
+
+def survey(config: MoEConfig, environment: Environment) -> tuple[Entry, ...]:
+    """An Entry for every registered strategy, ranked ones first, in ranking order."""
+    ranks = {row.strategy: row for row in RANKING}
+    return tuple(_entry(name, ranks.get(name), config, environment) for name in strategy_names())
+
+
+def _entry(name: str, row: Rank | None, config: MoEConfig, environment: Environment) -> Entry:
+    extra = 0
+    monolithic = monolithic_classes.all().get(name)
+    if monolithic is not None:
+        verdict, memory = monolithic.supports(config, environment), monolithic.memory(config)
+    else:
+        prepare_finalize, experts = pair_classes(name)
+        verdict = pair_verdict(config, prepare_finalize, experts)
+        verdict += prepare_finalize.supports(config, environment) + experts.supports(config, environment)
+        memory = {**prepare_finalize.memory(config), **experts.memory(config)}
+        extra = experts.extra_weight_bytes(config)
+    return Entry(
+        strategy=name,
+        rank=RANKING.index(row) + 1 if row else None,
+        reason=row.reason if row else "asked for by name",
+        opt_in=row.opt_in if row else UNRANKED,
+        verdict=verdict,
+        auto_gate=row.auto_gate(config, environment) if row and row.auto_gate else None,
+        memory=memory,
+        extra_weight_bytes=extra,
+    )
+
+
+def pair_classes(name: str) -> tuple[type[PrepareAndFinalize], type[Experts]]:
+    """The PrepareAndFinalize and Experts classes of a pair."""
+    prepare_finalize, _, experts = name.partition("+")
+    return prepare_finalize_classes.all()[prepare_finalize], experts_classes.all()[experts]
+
+
+def _report(
+    request: Request, config: MoEConfig, environment: Environment, entries: dict[str, tuple[Entry, ...]]
+) -> SelectionReport:
+    wanted = {"decode": request.decode, "prefill": request.prefill}
+    chosen = {phase: _choose(wanted[phase], entries[phase]) for phase in PHASES}
+    return SelectionReport(request.text, describe_layer(config), environment.describe(), chosen, entries)
+
+
+def _choose(wanted: str, entries: tuple[Entry, ...]) -> str | None:
+    if wanted != AUTO:
+        return wanted
+    return next((entry.strategy for entry in entries if entry.auto_may_pick), None)

@@ -1,0 +1,149 @@
+"""Layers and inputs that are the same on every rank that asks for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from moe_plugin.config import MoEConfig
+from moe_plugin.modular_kernel import MoELayer
+from moe_plugin.reference import reference_moe
+from moe_plugin.strategies.build import build
+from moe_plugin.testing.rank_pool import RankContext
+from moe_plugin.workspace import WorkspaceArena
+
+DEFAULTS: dict[str, Any] = {
+    "num_experts": 8,
+    "top_k": 2,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "max_tokens_per_rank": 64,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All experts of a layer: w13 [E, 2I, H], w2 [E, H, I], biases [E, 2I] and [E, H] or None."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+
+    @classmethod
+    def random(cls, config: MoEConfig, device: torch.device, seed: int = 0) -> Weights:
+        """Scaled so that outputs have about the size of inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
+
+        def normal(*shape: int, scale: float) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(device, config.dtype)
+
+        return cls(
+            w13=normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
+            w2=normal(experts, hidden, inner, scale=2 * inner**-0.5),
+            w13_bias=normal(experts, 2 * inner, scale=0.5) if config.has_bias else None,
+            w2_bias=normal(experts, hidden, scale=0.5) if config.has_bias else None,
+        )
+
+    def of_rank(self, config: MoEConfig) -> dict[str, Any]:
+        """What this rank passes to `build`: its experts, and its slice of the intermediate size."""
+        parallel = config.parallel
+        mine = list(config.expert_placement.experts_of_rank[parallel.ep_rank])
+        inner = config.local_intermediate_size
+        columns = slice(parallel.tp_rank * inner, (parallel.tp_rank + 1) * inner)
+
+        def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
+            halves = tensor[mine].unflatten(1, (2, -1))
+            return halves[:, :, columns].flatten(1, 2).contiguous()
+
+        return {
+            "w13": gate_and_up(self.w13),
+            "w2": self.w2[mine][..., columns].contiguous(),
+            "w13_bias": None if self.w13_bias is None else gate_and_up(self.w13_bias),
+            "w2_bias": None if self.w2_bias is None else self.w2_bias[mine].contiguous(),
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call: hidden_states [T, H], topk_ids int64 [T, K], topk_weights fp32 [T, K]."""
+
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+    @classmethod
+    def random(cls, config: MoEConfig, num_tokens: int, device: torch.device, seed: int) -> Inputs:
+        """Distinct uniform experts per token, weights that do not sum to one."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        hidden = torch.randn(num_tokens, config.hidden_size, generator=generator)
+        scores = torch.rand(num_tokens, config.num_experts, generator=generator)
+        ids = (
+            scores.topk(config.top_k, dim=-1).indices if num_tokens else torch.empty(0, config.top_k, dtype=torch.int64)
+        )
+        weights = torch.rand(num_tokens, config.top_k, generator=generator) + 0.1
+        return cls(hidden.to(device, config.dtype), ids.to(device), weights.to(device))
+
+    def with_ids(self, topk_ids: torch.Tensor) -> Inputs:
+        return replace(self, topk_ids=topk_ids.to(self.topk_ids.device))
+
+    def as_tuple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.hidden_states, self.topk_ids, self.topk_weights
+
+
+@dataclass
+class Case:
+    """A layer built with one strategy on the ranks of a context, and the oracle over all its experts."""
+
+    context: RankContext
+    strategy: str
+    dtype: torch.dtype
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tp_size: int = 1
+    timeout_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        parallel = self.context.parallel(self.tp_size, self.timeout_seconds)
+        overrides = dict(self.overrides)
+        placement = overrides.pop("placement", None)
+        self.config = MoEConfig(
+            **(DEFAULTS | overrides),
+            dtype=self.dtype,
+            parallel=parallel,
+            placement=placement(parallel.ep_size) if callable(placement) else placement,
+        )
+        self.weights = Weights.random(self.config, self.context.device)
+        self.arena = WorkspaceArena(self.context.device, poison=True)
+        self.layer: MoELayer = build(
+            self.config,
+            **self.weights.of_rank(self.config),
+            strategy=self.strategy,
+            arena=self.arena,
+        )
+
+    def inputs(self, num_tokens: int, seed: int = 0) -> Inputs:
+        """Inputs of this rank: TP ranks get the same ones, EP ranks their own."""
+        return Inputs.random(self.config, num_tokens, self.context.device, seed * 100 + self.config.parallel.ep_rank)
+
+    def expected(self, inputs: Inputs) -> torch.Tensor:
+        """The oracle's answer, fp32."""
+        config, weights = self.config, self.weights
+        return reference_moe(
+            *inputs.as_tuple(),
+            weights.w13,
+            weights.w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            activation=config.activation,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            apply_router_weight_on_input=config.apply_router_weight_on_input,
+        )
+
+
+def tokens_of_rank(context: RankContext, tp_size: int, *counts: int) -> int:
+    """A different number of tokens for each EP rank, cycling through `counts`; the same for its TP ranks."""
+    return counts[(context.rank // tp_size) % len(counts)]

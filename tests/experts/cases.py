@@ -1,0 +1,142 @@
+"""What the Experts tests share: random layers, hand-made dispatches, and the oracle's answer to both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_plugin.config import MoEConfig
+from moe_plugin.modular_kernel import (
+    ActivationFormat,
+    Dispatched,
+    DispatchHandle,
+    Experts,
+    ExpertWeights,
+    RouterWeightStage,
+)
+from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.reference import reference_moe
+from moe_plugin.workspace import WorkspaceArena
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DEFAULTS: dict[str, Any] = {
+    "num_experts": 5,
+    "top_k": 2,
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "max_tokens_per_rank": 64,
+}
+
+
+def make_config(**overrides: Any) -> MoEConfig:
+    return MoEConfig(**(DEFAULTS | overrides))
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def make_weights(config: MoEConfig) -> ExpertWeights:
+    """This rank's experts, scaled so that outputs have about the size of inputs."""
+    experts, inner, hidden = config.num_local_experts, config.local_intermediate_size, config.hidden_size
+    bias = config.has_bias
+    return ExpertWeights(
+        w13=normal(experts, 2 * inner, hidden, seed=1, dtype=config.dtype, scale=hidden**-0.5),
+        w2=normal(experts, hidden, inner, seed=2, dtype=config.dtype, scale=2 * inner**-0.5),
+        w13_bias=normal(experts, 2 * inner, seed=3, dtype=config.dtype) if bias else None,
+        w2_bias=normal(experts, hidden, seed=4, dtype=config.dtype) if bias else None,
+    )
+
+
+def random_ids(num_rows: int, top_k: int, num_experts: int) -> torch.Tensor:
+    """int32 [num_rows, top_k] in [-1, num_experts), duplicates included."""
+    generator = torch.Generator().manual_seed(num_rows)
+    return torch.randint(-1, num_experts, (num_rows, top_k), generator=generator, dtype=torch.int32).to(DEVICE)
+
+
+@dataclass
+class Layer:
+    """An Experts object with its weights and an arena whose memory starts as NaN."""
+
+    config: MoEConfig
+    weights: ExpertWeights
+    experts: Experts
+    arena: WorkspaceArena
+
+    @classmethod
+    def of(cls, experts: type[Experts], **overrides: Any) -> Layer:
+        config = make_config(**overrides)
+        weights = make_weights(config)
+        return cls(config, weights, experts(config, weights), WorkspaceArena(DEVICE, poison=True))
+
+    def rows(self, num_rows: int) -> torch.Tensor:
+        return normal(num_rows, self.config.hidden_size, seed=5, dtype=self.config.dtype)
+
+    def apply(
+        self, activations: torch.Tensor, *, handle: DispatchHandle | None = None, **fields: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run the experts on a dispatch made of `activations` and `fields`; Standard when there are local_ids."""
+        handle = handle or self.handle(activations.shape[0])
+        standard = fields.get("local_ids") is not None
+        weighted = fields.get("topk_weights") is not None
+        dispatched = Dispatched(
+            activations=activations,
+            activation_format=ActivationFormat.STANDARD if standard else ActivationFormat.BATCHED_EXPERTS,
+            router_weight_stage=RouterWeightStage.EXPERTS_GATHER if weighted else RouterWeightStage.COMBINE,
+            handle=handle,
+            **fields,
+        )
+        return self.experts.apply(dispatched, handle.workspace)
+
+    def handle(self, num_rows: int) -> DispatchHandle:
+        return DispatchHandle(owner=None, num_tokens=num_rows, workspace=self.arena.lease())  # type: ignore[arg-type]
+
+    def expected(
+        self, activations: torch.Tensor, local_ids: torch.Tensor, topk_weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        config, weights = self.config, self.weights
+        return reference_moe(
+            activations,
+            local_ids,
+            torch.ones(local_ids.shape, device=DEVICE) if topk_weights is None else topk_weights,
+            weights.w13,
+            weights.w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            activation=config.activation,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+        )
+
+    def check_standard(
+        self, activations: torch.Tensor, local_ids: torch.Tensor, topk_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        before = [tensor.clone() for tensor in (activations, local_ids)]
+        out = self.apply(activations, local_ids=local_ids, topk_weights=topk_weights)
+        assert out.shape == activations.shape
+        assert out.dtype is self.config.dtype
+        assert out.is_contiguous()
+        assert_close_to_oracle(out, self.expected(activations, local_ids, topk_weights), self.config.dtype)
+        for tensor, copy in zip((activations, local_ids), before, strict=True):
+            assert torch.equal(tensor, copy)
+        return out
+
+    def check_batched(self, counts: list[int], max_tokens: int) -> torch.Tensor:
+        """Rows past the counts are NaN on the way in and ignored on the way out."""
+        config = self.config
+        shape = (config.num_local_experts, max_tokens, config.hidden_size)
+        expert_num_tokens = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+        used = torch.arange(max_tokens, device=DEVICE) < expert_num_tokens[:, None]
+        activations = normal(*shape, seed=6, dtype=config.dtype)
+        activations[~used] = torch.nan
+        out = self.apply(activations, expert_num_tokens=expert_num_tokens)
+        assert out.shape == shape
+        assert out.dtype is config.dtype
+        assert out.is_contiguous()
+        local_ids = used.nonzero()[:, :1].int()
+        assert_close_to_oracle(out[used], self.expected(activations[used], local_ids, None), config.dtype)
+        return out

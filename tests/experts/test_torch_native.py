@@ -1,0 +1,194 @@
+"""TorchNative against the oracle, with the segment ends read by the host and kept on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_plugin.config import Activation, Fp8PerToken, ParallelConfig
+from moe_plugin.environment import Environment
+from moe_plugin.experts import torch_native
+from moe_plugin.experts.torch_native import TorchNative
+from moe_plugin.modular_kernel import ActivationFormat
+from moe_plugin.numerics import assert_close_to_oracle
+from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["host_loop", "grouped_mm"])
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the segment ends are used; grouped_mm also runs on a CPU, and leaves NaN past the last group."""
+    if request.param == "grouped_mm":
+        compute = torch_native._grouped_mm
+
+        def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+            out = compute(rows, weight, offs=offs)
+            past = torch.arange(len(out), device=out.device) >= offs[-1]
+            return out.masked_fill_(past[:, None], torch.nan)
+
+        monkeypatch.setattr(torch_native, "_grouped_mm", grouped_mm)
+    use_grouped_mm = request.param == "grouped_mm"
+    monkeypatch.setattr(torch_native, "_why_host_sync", lambda *_: None if use_grouped_mm else "the test says so")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_standard(ends: str, dtype: torch.dtype, weighted: bool) -> None:
+    layer = Layer.of(TorchNative, dtype=dtype)
+    layer.check_standard(layer.rows(19), random_ids(19, 2, 5), normal(19, 2, seed=7) if weighted else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(Activation))
+def test_activations_with_bias(ends: str, activation: Activation, dtype: torch.dtype) -> None:
+    layer = Layer.of(TorchNative, dtype=dtype, activation=activation, has_bias=True, swiglu_limit=2.0)
+    layer.check_standard(layer.rows(6) * 3, random_ids(6, 2, 5), normal(6, 2, seed=7))
+
+
+@pytest.mark.parametrize("sizes", [(576, 704), (33, 7), (1, 1)], ids=str)
+def test_odd_sizes(sizes: tuple[int, int]) -> None:
+    layer = Layer.of(TorchNative, num_experts=2, hidden_size=sizes[0], intermediate_size=sizes[1])
+    layer.check_standard(layer.rows(5), random_ids(5, 2, 2), normal(5, 2, seed=7))
+
+
+@pytest.mark.parametrize(
+    "local_ids",
+    [[[4, 4]] * 9, [[-1, -1]] * 3, [[-1, 2], [0, -1], [-1, -1]], [[3, 3], [0, 3]]],
+    ids=["one expert", "none here", "some skipped", "twice in a row"],
+)
+def test_routings(ends: str, local_ids: list[list[int]]) -> None:
+    layer = Layer.of(TorchNative, dtype=torch.float32, has_bias=True)
+    ids = torch.tensor(local_ids, dtype=torch.int32, device=DEVICE)
+    out = layer.check_standard(layer.rows(len(ids)), ids, normal(len(ids), 2, seed=7))
+    assert (out[(ids < 0).all(dim=1)] == 0).all()
+
+
+def test_expert_parallel_rank_sees_its_own_experts_only(ends: str) -> None:
+    layer = Layer.of(TorchNative, num_experts=7, parallel=ParallelConfig(ep_size=2, ep_rank=1))
+    assert layer.config.num_local_experts == 3
+    layer.check_standard(layer.rows(12), random_ids(12, 2, 3), normal(12, 2, seed=7))
+
+
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_rank_without_experts(ends: str, num_rows: int) -> None:
+    layer = Layer.of(TorchNative, num_experts=2, parallel=ParallelConfig(ep_size=3, ep_rank=2))
+    assert layer.config.num_local_experts == 0
+    ids = torch.full((num_rows, 2), -1, dtype=torch.int32, device=DEVICE)
+    out = layer.apply(layer.rows(num_rows), local_ids=ids, topk_weights=normal(num_rows, 2, seed=7))
+    assert torch.equal(out, torch.zeros_like(out))
+    batch = torch.empty(0, 4, 40, dtype=torch.bfloat16, device=DEVICE)
+    counts = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    assert layer.apply(batch, expert_num_tokens=counts).shape == batch.shape
+
+
+def test_no_rows(ends: str) -> None:
+    layer = Layer.of(TorchNative)
+    layer.check_standard(layer.rows(0), random_ids(0, 2, 5), normal(0, 2, seed=7))
+
+
+def test_garbage_in_unwanted_rows_does_not_leak(ends: str) -> None:
+    layer = Layer.of(TorchNative)
+    ids, weights, rows = random_ids(16, 2, 5), normal(16, 2, seed=7), layer.rows(16)
+    ids[::3] = -1
+    expected = layer.expected(rows, ids, weights)
+    rows[::3] = torch.nan
+    weights[ids < 0] = torch.nan
+    assert_close_to_oracle(layer.apply(rows, local_ids=ids, topk_weights=weights), expected, torch.bfloat16)
+
+
+def test_nan_stays_in_its_row(ends: str) -> None:
+    layer = Layer.of(TorchNative)
+    ids, rows = torch.zeros(5, 2, dtype=torch.int32, device=DEVICE), layer.rows(5)
+    expected = layer.expected(rows, ids, None)
+    rows[3, 1] = torch.nan
+    out = layer.apply(rows, local_ids=ids, topk_weights=None)
+    others = [0, 1, 2, 4]
+    assert_close_to_oracle(out[others], expected[others], torch.bfloat16)
+    assert out[3].isnan().all()
+
+
+def test_strided_rows_and_ids(ends: str) -> None:
+    layer = Layer.of(TorchNative)
+    rows = normal(8, 100, seed=5, dtype=torch.bfloat16)[:, 16:56]
+    layer.check_standard(rows, random_ids(8, 6, 5)[:, ::3], normal(8, 4, seed=7)[:, 1:3])
+    layer.check_standard(rows[:1].expand(8, -1), random_ids(8, 2, 5), normal(8, 2, seed=7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_batched_experts(dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Layer.of(TorchNative, dtype=dtype, has_bias=has_bias)
+    layer.check_batched([0, 17, 1, 33, 0], max_tokens=33)
+
+
+def test_repeats_bitwise(ends: str) -> None:
+    layer = Layer.of(TorchNative)
+    rows, ids, weights = layer.rows(40), random_ids(40, 2, 5), normal(40, 2, seed=7)
+    first = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    assert torch.equal(first, layer.apply(rows, local_ids=ids, topk_weights=weights))
+
+
+def test_supported_everywhere() -> None:
+    environment = Environment(torch_version="2.11.0+cu130")
+    for dtype in DTYPES:
+        assert TorchNative.supports(make_config(dtype=dtype), environment).ok
+        assert TorchNative.supports(make_config(dtype=dtype), environment.pretend(sm=75)).ok
+    assert TorchNative.activation_formats == set(ActivationFormat)
+
+
+def test_old_torch_and_quantization_are_refused() -> None:
+    assert "2.8" in TorchNative.supports(make_config(), Environment(torch_version="2.7.1")).reason
+    config = make_config(quantization=Fp8PerToken())
+    assert [gate.name for gate in TorchNative.supports(config, Environment()).failed] == ["quantization"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sm", "reason"),
+    [
+        ({}, 90, None),
+        ({}, 100, None),
+        ({}, None, "no CUDA device"),
+        ({}, 80, "SM 9x and 10x"),
+        ({}, 120, "SM 9x and 10x"),
+        ({"dtype": torch.float16}, 90, "bf16"),
+        ({"hidden_size": 36}, 90, "multiples of 8"),
+        ({"intermediate_size": 24, "parallel": ParallelConfig(tp_size=2)}, 90, "multiples of 8"),
+    ],
+)
+def test_graph_capture_needs_device_side_grouped_mm(
+    overrides: dict[str, Any], sm: int | None, reason: str | None
+) -> None:
+    environment = Environment(torch_version="2.11.0").pretend(sm=sm)
+    assert TorchNative.supports(make_config(**overrides), environment).ok
+    verdict = TorchNative.supports(make_config(cuda_graph=True, **overrides), environment)
+    assert [gate.name for gate in verdict.failed] == ([] if reason is None else ["cuda_graph"])
+    assert (reason or "all gates pass") in verdict.reason
+
+
+def test_memory_of_a_large_layer() -> None:
+    config = make_config(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048, max_tokens_per_rank=65536)
+    memory = TorchNative.memory(config)
+    assert memory["pair_output"] == 65536 * 8 * 7168 * 2 > 2**31
+    assert memory["output"] == 65536 * 7168 * 2
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_graph_replay_with_new_routing() -> None:
+    layer = Layer.of(TorchNative, num_experts=16, hidden_size=256, intermediate_size=128, cuda_graph=True)
+    rows, ids, weights = layer.rows(32), random_ids(32, 2, 16), normal(32, 2, seed=7)
+    layer.apply(rows, local_ids=ids, topk_weights=weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    for seed in range(3):
+        rows.copy_(normal(32, 256, seed=seed, dtype=torch.bfloat16))
+        ids.copy_(torch.randint(-1, 16, (32, 2), generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert_close_to_oracle(out, layer.expected(rows, ids, weights), torch.bfloat16)

@@ -1,0 +1,263 @@
+"""TritonFusedMoE against the oracle, its gates, its workspace and its tile sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moe_plugin.config import Activation, Fp8Block, ParallelConfig
+from moe_plugin.environment import Environment, Package
+from moe_plugin.experts.triton_fused_moe import TritonFusedMoE, standard_buffers
+from moe_plugin.kernels.tiling import block_config, max_num_blocks, shared_memory_bytes
+from moe_plugin.modular_kernel import ActivationFormat
+from moe_plugin.numerics import assert_close_to_oracle
+from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_standard(dtype: torch.dtype, weighted: bool) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=dtype)
+    layer.check_standard(layer.rows(19), random_ids(19, 2, 5), normal(19, 2, seed=7) if weighted else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(Activation))
+def test_activations_with_bias(activation: Activation, dtype: torch.dtype) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=dtype, activation=activation, has_bias=True, swiglu_limit=2.0)
+    layer.check_standard(layer.rows(6) * 3, random_ids(6, 2, 5), normal(6, 2, seed=7))
+
+
+@pytest.mark.parametrize("sizes", [(576, 704), (33, 7), (1, 1)], ids=str)
+def test_odd_sizes(sizes: tuple[int, int]) -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=2, hidden_size=sizes[0], intermediate_size=sizes[1])
+    layer.check_standard(layer.rows(5), random_ids(5, 2, 2), normal(5, 2, seed=7))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_top_k(top_k: int) -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=9, top_k=top_k, dtype=torch.float32)
+    layer.check_standard(layer.rows(7), random_ids(7, top_k, 9), normal(7, top_k, seed=7))
+
+
+@pytest.mark.parametrize(
+    "local_ids",
+    [[[4, 4]] * 9, [[-1, -1]] * 3, [[-1, 2], [0, -1], [-1, -1]], [[3, 3], [0, 3]]],
+    ids=["one expert", "none here", "some skipped", "twice in a row"],
+)
+def test_routings(local_ids: list[list[int]]) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=torch.float32, has_bias=True)
+    ids = torch.tensor(local_ids, dtype=torch.int32, device=DEVICE)
+    out = layer.check_standard(layer.rows(len(ids)), ids, normal(len(ids), 2, seed=7))
+    assert (out[(ids < 0).all(dim=1)] == 0).all()
+
+
+def test_expert_parallel_rank_sees_its_own_experts_only() -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=7, parallel=ParallelConfig(ep_size=2, ep_rank=1))
+    assert layer.config.num_local_experts == 3
+    layer.check_standard(layer.rows(12), random_ids(12, 2, 3), normal(12, 2, seed=7))
+
+
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_rank_without_experts(num_rows: int) -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=2, parallel=ParallelConfig(ep_size=3, ep_rank=2))
+    assert layer.config.num_local_experts == 0
+    ids = torch.full((num_rows, 2), -1, dtype=torch.int32, device=DEVICE)
+    out = layer.apply(layer.rows(num_rows), local_ids=ids, topk_weights=normal(num_rows, 2, seed=7))
+    assert torch.equal(out, torch.zeros_like(out))
+    batch = torch.empty(0, 4, 40, dtype=torch.bfloat16, device=DEVICE)
+    counts = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    assert layer.apply(batch, expert_num_tokens=counts).shape == batch.shape
+
+
+def test_no_rows() -> None:
+    layer = Layer.of(TritonFusedMoE)
+    layer.check_standard(layer.rows(0), random_ids(0, 2, 5), normal(0, 2, seed=7))
+
+
+def test_garbage_in_unwanted_rows_does_not_leak() -> None:
+    layer = Layer.of(TritonFusedMoE)
+    ids, weights, rows = random_ids(16, 2, 5), normal(16, 2, seed=7), layer.rows(16)
+    ids[::3] = -1
+    expected = layer.expected(rows, ids, weights)
+    rows[::3] = torch.nan
+    weights[ids < 0] = torch.nan
+    assert_close_to_oracle(layer.apply(rows, local_ids=ids, topk_weights=weights), expected, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word on inf in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_stay_in_their_row(value: float) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=torch.float32)
+    ids, rows = torch.zeros(5, 2, dtype=torch.int32, device=DEVICE), layer.rows(5)
+    expected = layer.expected(rows, ids, None)
+    rows[3, 1] = value
+    out = layer.apply(rows, local_ids=ids, topk_weights=None)
+    others = [0, 1, 2, 4]
+    assert_close_to_oracle(out[others], expected[others], torch.float32)
+    assert not out[3].isfinite().all()
+
+
+def test_strided_rows_and_ids() -> None:
+    layer = Layer.of(TritonFusedMoE)
+    rows = normal(8, 100, seed=5, dtype=torch.bfloat16)[:, 16:56]
+    layer.check_standard(rows, random_ids(8, 6, 5)[:, ::3], normal(8, 4, seed=7)[:, 1:3])
+    layer.check_standard(rows[:1].expand(8, -1), random_ids(8, 2, 5), normal(8, 2, seed=7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_batched_experts(dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=dtype, has_bias=has_bias)
+    layer.check_batched([0, 17, 1, 33, 0], max_tokens=33)
+
+
+def test_batched_experts_without_tokens() -> None:
+    Layer.of(TritonFusedMoE).check_batched([0, 0, 0, 0, 0], max_tokens=3)
+
+
+def test_repeats_bitwise() -> None:
+    layer = Layer.of(TritonFusedMoE)
+    rows, ids, weights = layer.rows(40), random_ids(40, 2, 5), normal(40, 2, seed=7)
+    first = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    assert torch.equal(first, layer.apply(rows, local_ids=ids, topk_weights=weights))
+
+
+def test_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer.of(TritonFusedMoE)
+    rows, ids, weights = layer.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
+    handle = layer.handle(9)
+    first = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    held = handle.workspace.nbytes
+    for name in ("empty", "zeros", "full", "empty_like", "zeros_like"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("allocates"))
+    again = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    assert again.data_ptr() == first.data_ptr()
+    assert handle.workspace.nbytes == held
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 64])
+def test_declared_memory_covers_a_call(num_tokens: int) -> None:
+    layer = Layer.of(TritonFusedMoE)
+    handle = layer.handle(num_tokens)
+    rows, ids = layer.rows(num_tokens), random_ids(num_tokens, 2, 5)
+    layer.apply(rows, handle=handle, local_ids=ids, topk_weights=normal(num_tokens, 2, seed=7))
+    declared = TritonFusedMoE.memory(layer.config)
+    for name, (shape, dtype) in standard_buffers(layer.config, num_tokens, 2).items():
+        assert torch.Size(shape).numel() * dtype.itemsize <= declared[name], name
+    assert handle.workspace.nbytes <= sum(declared.values()) + 16 * len(declared)
+
+
+def test_memory_of_a_large_layer_is_exact_arithmetic() -> None:
+    config = make_config(
+        num_experts=256,
+        top_k=8,
+        hidden_size=7168,
+        intermediate_size=2048,
+        max_tokens_per_rank=65536,
+        parallel=ParallelConfig(ep_size=8),
+    )
+    pairs = 8 * 65536 * 8
+    slots = 128 * max_num_blocks(pairs, 32, 128)
+    memory = TritonFusedMoE.memory(config)
+    assert memory["pair_output"] == pairs * 7168 * 2 > 2**31
+    assert memory["intermediate"] == slots * 2048 * 2 > 2**31
+    assert memory["sorted_pairs"] == slots * 4
+    assert memory["output"] == 8 * 65536 * 7168 * 2
+
+
+def test_dispatch_capacity_bounds_memory() -> None:
+    small = make_config(dispatch_capacity=8, parallel=ParallelConfig(ep_size=4))
+    assert TritonFusedMoE.memory(small)["output"] == 4 * 8 * 40 * 2
+
+
+@pytest.fixture
+def h200() -> Iterator[Environment]:
+    return Environment(packages={"triton": Package("triton", "3.6.0")}).pretend(sm=90)
+
+
+def test_supported(h200: Environment) -> None:
+    assert TritonFusedMoE.supports(make_config(cuda_graph=True), h200).ok
+    assert TritonFusedMoE.supports(make_config(), h200.pretend(sm=80)).ok
+    interpreter = Environment(packages={"triton": Package("triton", "3.6.0")}, triton_interpret=True)
+    assert TritonFusedMoE.supports(make_config(dtype=torch.float32), interpreter).ok
+    assert TritonFusedMoE.activation_formats == set(ActivationFormat)
+
+
+@pytest.mark.parametrize(
+    ("gate", "overrides", "changes"),
+    [
+        ("quantization", {"quantization": Fp8Block()}, {}),
+        ("sm", {}, {"sm": 75}),
+        ("triton", {}, {"packages": {}}),
+        ("device", {}, {"device_type": "cpu", "sm": None}),
+    ],
+)
+def test_refused(h200: Environment, gate: str, overrides: dict[str, Any], changes: dict[str, Any]) -> None:
+    verdict = TritonFusedMoE.supports(make_config(**overrides), h200.pretend(**changes))
+    assert [failed.name for failed in verdict.failed] == [gate]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120, 75])
+@pytest.mark.parametrize("rows_per_expert", [0, 1, 16, 17, 64, 100, 128, 5000])
+def test_tiles_fit_the_gpu(rows_per_expert: int, sm: int, dtype: torch.dtype) -> None:
+    limit = shared_memory_bytes(sm)
+    block = block_config(rows_per_expert, dtype, limit)
+    assert block.shared_memory(dtype) <= limit
+    assert block.num_stages >= 2
+    accumulators = block.block_m * block.block_n // (32 * block.num_warps)
+    assert accumulators <= 128
+    for size in (block.block_m, block.block_n // 2, block.block_k):
+        assert size >= 16
+        assert size & (size - 1) == 0
+
+
+def test_tiles_grow_with_the_rows() -> None:
+    def block_m(rows: int) -> int:
+        return block_config(rows, torch.bfloat16, shared_memory_bytes(90)).block_m
+
+    assert [block_m(rows) for rows in (0, 1, 16, 17, 33, 65, 1000)] == [16, 16, 16, 32, 64, 128, 128]
+
+
+@pytest.mark.parametrize("rows_per_expert", [1, 60, 1000])
+def test_rows_per_block_do_not_depend_on_the_gpu(rows_per_expert: int) -> None:
+    sizes = {block_config(rows_per_expert, torch.bfloat16, shared_memory_bytes(sm)).block_m for sm in (80, 89, 90)}
+    assert len(sizes) == 1
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 64, 700, 4000])
+def test_every_tile_on_the_gpu(num_rows: int, dtype: torch.dtype) -> None:
+    layer = Layer.of(
+        TritonFusedMoE, num_experts=16, hidden_size=576, intermediate_size=704, dtype=dtype, max_tokens_per_rank=4096
+    )
+    layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
+    layer.check_batched([0, num_rows, 1, 5] * 4, max_tokens=num_rows)
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_graph_replay_with_new_routing() -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=16, hidden_size=256, intermediate_size=128)
+    rows, ids, weights = layer.rows(32), random_ids(32, 2, 16), normal(32, 2, seed=7)
+    handle = layer.handle(32)
+    layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    for seed in range(3):
+        rows.copy_(normal(32, 256, seed=seed, dtype=torch.bfloat16))
+        ids.copy_(torch.randint(-1, 16, (32, 2), generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert_close_to_oracle(out, layer.expected(rows, ids, weights), torch.bfloat16)

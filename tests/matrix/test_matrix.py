@@ -1,0 +1,49 @@
+"""Every registered strategy x dtype x number of ranks x row of the behaviour matrix.
+
+What a gate refuses is skipped with the gate's reason. Where there is no GPU, Triton's interpreter would make the whole
+product take an hour: its strategies then run every row in bf16 on one and two ranks, and the rows named below in every
+dtype on every number of ranks. On GPUs everything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import moe_plugin
+from moe_plugin.testing import CHECKS
+from moe_plugin.testing.pytest_tests import DTYPES, MAX_RANKS, device_type_for, run_check
+from moe_plugin.verdict import dtype_name
+
+TOP_K_ROWS = [name for name in CHECKS if name.startswith("top_k_")]
+INTERPRETED_ROWS = [*TOP_K_ROWS, "no_tokens", "dropped_ids", "all_to_one_rank"]
+ROWS_WITHOUT_DISPATCH = ["tensor_parallel", "top_k_2"]
+"""On several ranks `local` is what tensor parallelism runs; one more row shows what its gate says otherwise."""
+
+
+def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
+    """The rows of the matrix that one cell runs."""
+    if strategy.startswith("local+") and num_ranks > 1:
+        return ROWS_WITHOUT_DISPATCH
+    interpreted = strategy.endswith("+triton_fused_moe") and device_type_for(num_ranks) == "cpu"
+    if interpreted and (dtype != torch.bfloat16 or num_ranks > 2):
+        return INTERPRETED_ROWS
+    return list(CHECKS)
+
+
+def cells() -> Iterator[object]:
+    for strategy in moe_plugin.strategy_names():
+        for num_ranks in range(1, MAX_RANKS + 1):
+            for dtype in DTYPES:
+                for row in rows(strategy, num_ranks, dtype):
+                    yield pytest.param(
+                        strategy, num_ranks, dtype, row, id=f"{strategy}-{num_ranks}_ranks-{dtype_name(dtype)}-{row}"
+                    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "num_ranks", "dtype", "row"), cells())
+def test_matrix(strategy: str, num_ranks: int, dtype: torch.dtype, row: str) -> None:
+    run_check(row, strategy, dtype, num_ranks)

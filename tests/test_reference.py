@@ -1,0 +1,156 @@
+"""The oracle against a construction that shares nothing with it, and the activations against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moe_plugin.activation import gated_activation, gated_activation_of
+from moe_plugin.config import Activation, MoEConfig
+from moe_plugin.errors import ExpertIdError
+from moe_plugin.reference import reference_moe
+
+E, K, H, I, T = 6, 3, 10, 7, 9
+ALPHA, LIMIT = 1.5, 0.8
+
+
+def scalar_activation(gate: float, up: float, activation: str) -> float:
+    """One element, from the papers' formulas."""
+    if activation == "silu_and_mul":
+        return gate / (1 + math.exp(-gate)) * up
+    if activation == "gelu_and_mul":
+        return 0.5 * gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    gate, up = min(gate, LIMIT), max(-LIMIT, min(up, LIMIT))
+    return (up + 1) * gate / (1 + math.exp(-ALPHA * gate))
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_activations_element_by_element(activation: Activation) -> None:
+    gate_up = torch.linspace(-3, 3, 24).view(3, 8)
+    out = gated_activation(gate_up, activation, ALPHA, LIMIT)
+    expected = [[scalar_activation(row[i], row[4 + i], activation.value) for i in range(4)] for row in gate_up.tolist()]
+    torch.testing.assert_close(out, torch.tensor(expected))
+
+
+def test_constants_come_from_the_configuration() -> None:
+    config = MoEConfig(
+        num_experts=1,
+        top_k=1,
+        hidden_size=4,
+        intermediate_size=4,
+        activation="swiglu_oai",
+        swiglu_alpha=ALPHA,
+        swiglu_limit=LIMIT,
+    )
+    gate_up = torch.linspace(-3, 3, 8)[None]
+    expected = gated_activation(gate_up, Activation.SWIGLU_OAI, ALPHA, LIMIT)
+    assert torch.equal(gated_activation_of(config, gate_up), expected)
+    assert not torch.equal(gated_activation(gate_up, Activation.SWIGLU_OAI), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_activations_keep_the_dtype_and_leave_the_input(dtype: torch.dtype) -> None:
+    gate_up = torch.randn(5, 8).to(dtype)
+    before = gate_up.clone()
+    for activation in Activation:
+        assert gated_activation(gate_up, activation).dtype is dtype
+    assert torch.equal(gate_up, before)
+
+
+@pytest.fixture
+def layer() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w13": (E, 2 * I, H), "w2": (E, H, I), "w13_bias": (E, 2 * I), "w2_bias": (E, H)}
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def call() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(T, E, generator=generator).topk(K).indices
+    return torch.randn(T, H, generator=generator), ids, torch.randn(T, K, generator=generator)
+
+
+def dense(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    layer: dict[str, torch.Tensor],
+    activation: str,
+    on_input: bool = False,
+) -> torch.Tensor:
+    """Every expert on every token in fp64, then a [T, E] matrix of router weights."""
+    layer = {name: tensor.double() for name, tensor in layer.items()}
+    router = torch.zeros(x.shape[0], E + 1, dtype=torch.float64)
+    router.scatter_add_(1, torch.where(ids < 0, E, ids).long(), weights.double())
+    router = router[:, :E]
+    rows = x.double()[:, None].expand(-1, E, -1)
+    if on_input:
+        rows = rows * router[..., None]
+        router = (router != 0).double()
+    gate_up = torch.einsum("teh,eih->tei", rows, layer["w13"])
+    gate_up = gate_up + layer["w13_bias"] if "w13_bias" in layer else gate_up
+    gate, up = gate_up[..., :I], gate_up[..., I:]
+    flat = [scalar_activation(g, u, activation) for g, u in zip(gate.flatten(), up.flatten(), strict=True)]
+    inner = torch.tensor(flat, dtype=torch.float64).view(gate.shape)
+    out = torch.einsum("tei,ehi->teh", inner, layer["w2"])
+    out = out + layer["w2_bias"] if "w2_bias" in layer else out
+    return torch.einsum("teh,te->th", out, router).float()
+
+
+@pytest.mark.parametrize("activation", [activation.value for activation in Activation])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_oracle_equals_the_dense_layer(layer, call, activation: str, has_bias: bool) -> None:
+    if not has_bias:
+        layer = {name: tensor for name, tensor in layer.items() if "bias" not in name}
+    out = reference_moe(*call, **layer, activation=activation, swiglu_alpha=ALPHA, swiglu_limit=LIMIT)
+    torch.testing.assert_close(out, dense(*call, layer, activation), rtol=1e-4, atol=1e-4)
+
+
+def test_router_weight_on_input(layer, call) -> None:
+    x, ids, weights = call[0], call[1][:, :1], call[2][:, :1]
+    out = reference_moe(x, ids, weights, **layer, apply_router_weight_on_input=True)
+    torch.testing.assert_close(out, dense(x, ids, weights, layer, "silu_and_mul", on_input=True), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out, reference_moe(x, ids, weights, **layer))
+
+
+def test_dropped_ids_and_the_same_expert_twice(layer, call) -> None:
+    x, ids, weights = call
+    ids = ids.clone()
+    ids[0], ids[1, 1], ids[2] = -1, -1, 4
+    out = reference_moe(x, ids, weights, **layer)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(out, dense(x, ids, weights, layer, "silu_and_mul"), rtol=1e-4, atol=1e-4)
+    once = reference_moe(x[2:3], torch.tensor([[4]]), weights[2:3].sum(1, keepdim=True), **layer)
+    torch.testing.assert_close(out[2:3], once, rtol=1e-4, atol=1e-4)
+
+
+def test_the_answer_is_fp32_computed_in_fp32(layer, call) -> None:
+    x, ids, weights = call
+    halves = {name: tensor.bfloat16() for name, tensor in layer.items()}
+    out = reference_moe(x.bfloat16(), ids.short(), weights.bfloat16(), **halves)
+    floats = {name: tensor.float() for name, tensor in halves.items()}
+    assert out.dtype is torch.float32
+    assert torch.equal(out, reference_moe(x.bfloat16().float(), ids, weights.bfloat16().float(), **floats))
+
+
+def test_no_tokens(layer) -> None:
+    out = reference_moe(torch.empty(0, H), torch.empty(0, K, dtype=torch.int64), torch.empty(0, K), **layer)
+    assert out.shape == (0, H)
+
+
+@pytest.mark.parametrize("bad", [E, -2])
+def test_ids_out_of_range(layer, call, bad: int) -> None:
+    x, ids, weights = call
+    ids = ids.clone()
+    ids[3, 1] = bad
+    with pytest.raises(ExpertIdError, match=rf"\[-1, {E}\), got"):
+        reference_moe(x, ids, weights, **layer)
+
+
+def test_inputs_are_left_alone(layer, call) -> None:
+    before = [tensor.clone() for tensor in (*call, *layer.values())]
+    reference_moe(*call, **layer, activation="swiglu_oai", swiglu_limit=LIMIT)
+    assert all(torch.equal(*pair) for pair in zip(before, (*call, *layer.values()), strict=True))
