@@ -119,7 +119,7 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """This rank's experts: w13 [El, 2I, H] (gate rows first), w2 [El, H, I]; fp8 scales; biases [El, 2I] and [El, H]."""
+    """This rank's experts: w13 [El, 2I, H], gate rows first; w2 [El, H, I]; fp8 scales; biases [El, 2I], [El, H]."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -173,19 +173,22 @@ class StrategyPart(abc.ABC):
 
     name: the registry key, also flag value, file name, test id and bench label.
     description: one line for the strategy table.
-    host_syncs: host synchronizations of one eager call on a CUDA device.
     deterministic: the same input gives bitwise the same output.
     """
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
-    host_syncs: ClassVar[int] = 0
     deterministic: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
         """Whether this class can run `config` in `environment`: pure, touches no device."""
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        """How often one eager call makes the host wait for a CUDA device; must be 0 where config.cuda_graph is."""
+        return 0
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:

@@ -29,7 +29,6 @@ class TorchNative(Experts):
     name = "torch_native"
     description = "torch.nn.functional.grouped_mm where it has kernels, else one GEMM per expert"
     activation_formats = frozenset({ActivationFormat.STANDARD, ActivationFormat.BATCHED_EXPERTS})
-    host_syncs = 1
     deterministic = True
 
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
@@ -50,6 +49,10 @@ class TorchNative(Experts):
             Gate("torch", environment.torch_at_least(2, 8), environment.torch_version, "torch 2.8 or newer"),
             gate_cuda_graph(config, why_host_sync is None, f"the host reads the expert counts, since {why_host_sync}"),
         )
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        return 0 if _why_host_sync(config, environment.sm) is None else 1
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:

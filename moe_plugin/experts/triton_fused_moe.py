@@ -32,7 +32,6 @@ class TritonFusedMoE(Experts):
     name = "triton_fused_moe"
     description = "Triton grouped GEMMs, activation and router weights fused; no host sync"
     activation_formats = frozenset({ActivationFormat.STANDARD, ActivationFormat.BATCHED_EXPERTS})
-    host_syncs = 0
     deterministic = True
 
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:

@@ -113,7 +113,6 @@ class NcclAllToAll(PrepareAndFinalize):
 
     name = "nccl_all_to_all"
     description = "one packed all-to-all each way over torch.distributed (NCCL, or gloo on CPU)"
-    host_syncs = 1
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
         super().__init__(config, arena)
@@ -133,6 +132,10 @@ class NcclAllToAll(PrepareAndFinalize):
             gate_dtype(config, *SUPPORTED_DTYPES),
             Gate("torch.distributed backend", backend in environment.backends, seen, backend),
         )
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        return 0 if config.cuda_graph else 1
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:

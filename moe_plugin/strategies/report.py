@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_plugin.config import MoEConfig, ParallelConfig
+from moe_plugin.environment import Environment, Package
+from moe_plugin.strategies.ranking import RANKING, UNRANKED
 from moe_plugin.verdict import Gate, Verdict, dtype_name
 
 
@@ -19,6 +22,7 @@ class Entry:
     reason: why it stands there. opt_in: why `auto` passes over it, if it does whatever the gates say.
     auto_gate: the condition that only `auto` makes.
     memory: bytes of workspace per buffer at max_tokens_per_rank. extra_weight_bytes: a second copy of the weights.
+    host_syncs: how often an eager call makes the host wait for a CUDA device.
     """
 
     strategy: str
@@ -29,6 +33,7 @@ class Entry:
     auto_gate: Gate | None
     memory: Mapping[str, int]
     extra_weight_bytes: int
+    host_syncs: int
 
     @property
     def runs(self) -> bool:
@@ -78,6 +83,7 @@ class Entry:
             ],
             "workspace_bytes": dict(self.memory),
             "extra_weight_bytes": self.extra_weight_bytes,
+            "host_syncs": self.host_syncs,
         }
 
 
@@ -171,7 +177,7 @@ def _gates_text(entry: Entry) -> str:
     return "\n".join(lines + notes)
 
 
-def describe_layer(config: Any) -> str:
+def describe_layer(config: MoEConfig) -> str:
     """A MoEConfig in one line."""
     quantization = "" if config.quantization is None else f" {config.quantization.name}"
     parallel = config.parallel
@@ -181,3 +187,41 @@ def describe_layer(config: Any) -> str:
         f"{dtype_name(config.dtype)}{quantization}, EP {parallel.ep_size} x TP {parallel.tp_size}, "
         f"at most {config.max_tokens_per_rank} tokens per rank, cuda_graph={config.cuda_graph}"
     )
+
+
+def strategy_table() -> str:
+    """The registered strategies as a Markdown table, the same on every machine: what stands in the README."""
+    from moe_plugin.strategies.names import PHASES
+    from moe_plugin.strategies.selector import explain, strategy_names
+
+    machines = {
+        "CPU": Environment(torch_version="2.11", backends=("gloo",)),
+        "GPU": Environment(torch_version="2.11", packages={"triton": Package("triton", "3.6")}).pretend(sm=90),
+    }
+
+    def runs(strategy: str, machine: str, cuda_graph: bool = False) -> bool:
+        def passes(ep_size: int) -> bool:
+            layer = MoEConfig(
+                num_experts=8,
+                top_k=2,
+                hidden_size=64,
+                intermediate_size=64,
+                parallel=ParallelConfig(ep_size=ep_size),
+                cuda_graph=cuda_graph,
+            )
+            entry = explain(layer, strategy, machines[machine]).entry(PHASES[0])
+            return entry is not None and entry.runs
+
+        return passes(1) or passes(8)
+
+    ranks = {row.strategy: str(place) for place, row in enumerate(RANKING, start=1)}
+    reasons = {row.strategy: row.opt_in or row.reason for row in RANKING}
+    lines = [
+        "| rank | strategy | CPU | GPU | CUDA graph | why it stands there |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in strategy_names():
+        answers = [runs(name, "CPU"), runs(name, "GPU"), runs(name, "GPU", cuda_graph=True)]
+        marks = " | ".join("yes" if answer else "no" for answer in answers)
+        lines.append(f"| {ranks.get(name, '-')} | `{name}` | {marks} | {reasons.get(name, UNRANKED)} |")
+    return "\n".join(lines)

@@ -90,12 +90,14 @@ def _entry(name: str, row: Rank | None, config: MoEConfig, environment: Environm
     monolithic = monolithic_classes.all().get(name)
     if monolithic is not None:
         verdict, memory = monolithic.supports(config, environment), monolithic.memory(config)
+        host_syncs = monolithic.host_syncs(config, environment)
     else:
         prepare_finalize, experts = pair_classes(name)
         verdict = pair_verdict(config, prepare_finalize, experts)
         verdict += prepare_finalize.supports(config, environment) + experts.supports(config, environment)
         memory = {**prepare_finalize.memory(config), **experts.memory(config)}
         extra = experts.extra_weight_bytes(config)
+        host_syncs = prepare_finalize.host_syncs(config, environment) + experts.host_syncs(config, environment)
     return Entry(
         strategy=name,
         rank=RANKING.index(row) + 1 if row else None,
@@ -105,6 +107,7 @@ def _entry(name: str, row: Rank | None, config: MoEConfig, environment: Environm
         auto_gate=row.auto_gate(config, environment) if row and row.auto_gate else None,
         memory=memory,
         extra_weight_bytes=extra,
+        host_syncs=host_syncs,
     )
 
 

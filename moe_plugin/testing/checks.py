@@ -447,15 +447,18 @@ def cuda_graph_replay(context: RankContext, strategy: str, dtype: torch.dtype) -
 
 
 @check
-def no_hidden_host_sync(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+def host_syncs_as_declared(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
     if context.device.type != "cuda":
         raise Refused("host synchronizations are counted on a CUDA device")
-    case = Case(context, strategy, dtype, {"cuda_graph": True, "max_tokens_per_rank": 16})
-    inputs = case.inputs(16)
-    case.layer(*inputs.as_tuple())
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    for cuda_graph in (False, True):
+        case = Case(context, strategy, dtype, {"cuda_graph": cuda_graph, "max_tokens_per_rank": 16})
+        entry = case.layer.report.entry("decode")
+        assert entry.host_syncs == 0 or not cuda_graph, "a layer for CUDA graphs must not synchronize"
+        inputs = case.inputs(16)
         case.layer(*inputs.as_tuple())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if entry.host_syncs == 0 else "default")
+        try:
+            case.layer(*inputs.as_tuple())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
