@@ -7,7 +7,7 @@ functions below are the gates most classes need; a class with a need of its own 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One checked condition: the value seen, what would satisfy it and, where known, the fix."""
+    """One checked condition: the value seen, what would satisfy it and, where known, the fix.
+
+    part: the class that asks, filled in by selection.
+    """
 
     name: str
     ok: bool
     seen: str
     needs: str
     fix: str | None = None
+    part: str = ""
 
     def __str__(self) -> str:
+        name = f"{self.part}.{self.name}" if self.part else self.name
         if self.ok:
-            return f"{self.name}: {self.seen}"
-        return f"{self.name}: needs {self.needs}, saw {self.seen}" + (f" ({self.fix})" if self.fix else "")
+            return f"{name}: {self.seen}"
+        return f"{name}: needs {self.needs}, saw {self.seen}" + (f" ({self.fix})" if self.fix else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,10 @@ class Verdict:
     def reason(self) -> str:
         """The failing gates in words, or 'all gates pass'."""
         return "; ".join(map(str, self.failed)) or "all gates pass"
+
+    def asked_by(self, part: str) -> Verdict:
+        """The same gates, with the name of the class that asks."""
+        return Verdict(tuple(replace(gate, part=part) for gate in self.gates))
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(self.gates + other.gates)

@@ -29,6 +29,7 @@ import torch
 from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import ExpertIdError, InputError, rebuild
+from moe_plugin.kernels.pack_rows import PackedViews, pack_rows
 from moe_plugin.kernels.row_sum import row_sum
 from moe_plugin.modular_kernel import Dispatched, DispatchHandle, PrepareAndFinalize, Receiver
 from moe_plugin.prepare_finalize.communicator import Communicator, communication_stream
@@ -314,18 +315,19 @@ class NcclAllToAll(PrepareAndFinalize):
         self, activations: torch.Tensor, destinations: Destinations, weights: torch.Tensor | None, plan: SendPlan
     ) -> torch.Tensor:
         """The rows to send, uint8 [num_sent, row_bytes]."""
-        layout, num_sent = self._layout, plan.handle.num_sent
-        rows = plan.handle.workspace.tensor("sent", (num_sent, layout.row_bytes), torch.uint8)
-        layout.flags(rows).copy_(plan.flags.expand(num_sent, 1))
-        if activations.shape[0] == 0:
-            layout.slots(rows).fill_(-1)
-            return rows
-        token = plan.token_of_row.clamp(min=0)
-        here = (destinations.rank[token] == plan.rank_of_row.unsqueeze(1)) & (plan.token_of_row >= 0).unsqueeze(1)
-        layout.hidden(rows).copy_(activations[token])
-        layout.slots(rows).copy_(torch.where(here, destinations.slot[token], -1))
-        if weights is not None:
-            layout.weights(rows).copy_(weights[token])
+        layout = self._layout
+        rows = plan.handle.workspace.tensor("sent", (plan.handle.num_sent, layout.row_bytes), torch.uint8)
+        views = PackedViews(layout.hidden(rows), layout.slots(rows), layout.weights(rows), layout.flags(rows))
+        pack_rows(
+            activations,
+            weights,
+            destinations.rank,
+            destinations.slot,
+            plan.token_of_row,
+            plan.rank_of_row,
+            plan.flags,
+            views,
+        )
         return rows
 
     def _count_matrix(self, counts: torch.Tensor, flags: torch.Tensor, workspace: Workspace) -> list[list[list[int]]]:

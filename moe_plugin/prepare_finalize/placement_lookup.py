@@ -12,7 +12,7 @@ from moe_plugin.prepare_finalize.deferred_errors import expert_id_flag
 
 @dataclass(frozen=True, slots=True)
 class Destinations:
-    """rank and slot, both int32 [T, K]; -1 where the pair is dropped. flags int32 [1], see ErrorFlag."""
+    """rank and slot, both int32 [T, K], contiguous; -1 where the pair is dropped. flags int32 [1], see ErrorFlag."""
 
     rank: torch.Tensor
     slot: torch.Tensor
@@ -32,6 +32,7 @@ class PlacementLookup:
 
         Ids outside [-1, E) raise the flag and are treated as dropped, so that no later step goes out of bounds.
         """
+        topk_ids = topk_ids.contiguous()
         kept = (topk_ids >= 0) & (topk_ids < self._num_experts)
         safe = topk_ids.clamp(0, self._num_experts - 1).long()
         if self._has_replicas:

@@ -13,7 +13,7 @@ AutoGate = Callable[[MoEConfig, Environment], Gate]
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class RankedStrategy:
     """One row of the table.
 
     reason: why it stands where it stands.
@@ -33,19 +33,21 @@ def compiled_triton(config: MoEConfig, environment: Environment) -> Gate:
     return Gate("compiled kernels (auto only)", compiled, seen, "a CUDA device: the interpreter is for tests")
 
 
-RANKING: tuple[Rank, ...] = (
-    Rank(
+RANKING: tuple[RankedStrategy, ...] = (
+    RankedStrategy(
         "local+triton_fused_moe",
         "every expert is on this rank: nothing travels, and the fused kernels never wait for the host",
         auto_gate=compiled_triton,
     ),
-    Rank("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
-    Rank(
+    RankedStrategy("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
+    RankedStrategy(
         "nccl_all_to_all+triton_fused_moe",
         "experts are spread over ranks: one packed all-to-all each way, fused kernels in between",
         auto_gate=compiled_triton,
     ),
-    Rank("nccl_all_to_all+torch_native", "experts are spread over ranks; torch's grouped matmul runs on any device"),
+    RankedStrategy(
+        "nccl_all_to_all+torch_native", "experts are spread over ranks; torch's grouped matmul runs on any device"
+    ),
 )
 
 UNRANKED = "not in the ranking table: ask for it by name"

@@ -72,6 +72,7 @@ class Entry:
             "why": self.why(),
             "gates": [
                 {
+                    "part": g.part,
                     "name": g.name,
                     "ok": g.ok,
                     "seen": g.seen,

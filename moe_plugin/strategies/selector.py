@@ -10,7 +10,7 @@ from moe_plugin.errors import NoStrategyError, StrategyUnsupportedError
 from moe_plugin.modular_kernel import Experts, PrepareAndFinalize
 from moe_plugin.strategies.gates import pair_verdict
 from moe_plugin.strategies.names import AUTO, PHASES, Request, parse_request
-from moe_plugin.strategies.ranking import RANKING, UNRANKED, Rank
+from moe_plugin.strategies.ranking import RANKING, UNRANKED, RankedStrategy
 from moe_plugin.strategies.registry import experts_classes, monolithic_classes, prepare_finalize_classes
 from moe_plugin.strategies.report import Entry, SelectionReport, describe_layer
 
@@ -85,7 +85,7 @@ def survey(config: MoEConfig, environment: Environment) -> tuple[Entry, ...]:
     return tuple(_entry(name, ranks.get(name), config, environment) for name in strategy_names())
 
 
-def _entry(name: str, row: Rank | None, config: MoEConfig, environment: Environment) -> Entry:
+def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment: Environment) -> Entry:
     extra = 0
     monolithic = monolithic_classes.all().get(name)
     if monolithic is not None:
@@ -94,7 +94,8 @@ def _entry(name: str, row: Rank | None, config: MoEConfig, environment: Environm
     else:
         prepare_finalize, experts = pair_classes(name)
         verdict = pair_verdict(config, prepare_finalize, experts)
-        verdict += prepare_finalize.supports(config, environment) + experts.supports(config, environment)
+        for part in (prepare_finalize, experts):
+            verdict += part.supports(config, environment).asked_by(part.name)
         memory = {**prepare_finalize.memory(config), **experts.memory(config)}
         extra = experts.extra_weight_bytes(config)
         host_syncs = prepare_finalize.host_syncs(config, environment) + experts.host_syncs(config, environment)

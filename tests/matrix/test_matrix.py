@@ -44,6 +44,6 @@ def cells() -> Iterator[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "num_ranks", "dtype", "row"), cells())
+@pytest.mark.parametrize(("strategy", "num_ranks", "dtype", "row"), list(cells()))
 def test_matrix(strategy: str, num_ranks: int, dtype: torch.dtype, row: str) -> None:
     run_check(row, strategy, dtype, num_ranks)
