@@ -65,6 +65,10 @@ class Fp8Block(QuantConfig):
     block_n: int = 128
     block_k: int = 128
 
+    def __post_init__(self) -> None:
+        if self.block_n < 1 or self.block_k < 1:
+            raise ConfigError(f"fp8 blocks must be positive, got {self.block_n} x {self.block_k}")
+
     @property
     def name(self) -> str:
         return "fp8_block"
@@ -120,6 +124,7 @@ class ExpertPlacement:
         return max(len(places) for places in self._places())
 
     def num_local_experts(self, rank: int) -> int:
+        """Experts that `rank` holds, replicas counted."""
         return len(self.experts_of_rank[rank])
 
     def _places(self) -> list[list[tuple[int, int]]]:
@@ -182,6 +187,8 @@ class ParallelConfig:
             size, rank = getattr(self, f"{axis}_size"), getattr(self, f"{axis}_rank")
             if size < 1 or not 0 <= rank < size:
                 raise ConfigError(f"{axis}_rank {rank} does not lie in [0, {axis}_size={size})")
+        if self.dp_size < 1:
+            raise ConfigError(f"dp_size must be positive, got {self.dp_size}")
         if self.timeout_seconds <= 0:
             raise ConfigError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
         if self.num_nodes < 1 or self.world_size % self.num_nodes:
@@ -232,7 +239,11 @@ class MoEConfig:
     apply_router_weight_on_input: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "activation", Activation(self.activation))
+        try:
+            object.__setattr__(self, "activation", Activation(self.activation))
+        except ValueError as problem:
+            names = ", ".join(activation.value for activation in Activation)
+            raise ConfigError(f"activation must be one of {names}, got {self.activation!r}") from problem
         for name in (
             "num_experts",
             "top_k",

@@ -138,13 +138,16 @@ class Environment:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def package(self, name: str) -> Package:
+        """What is known of an optional package, by module name; absent if nobody looked for it."""
         return self.packages.get(name, Package(name))
 
     def torch_at_least(self, major: int, minor: int) -> bool:
+        """Whether torch is of that release or a later one."""
         seen = self.torch_version.split("+")[0].split(".")
         return (int(seen[0]), int(seen[1])) >= (major, minor)
 
     def describe(self) -> str:
+        """The device and torch in one line."""
         device = f"{self.device_name} (SM {self.sm})" if self.sm is not None else "CPU"
         return f"{device}, torch {self.torch_version}"
 

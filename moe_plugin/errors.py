@@ -23,11 +23,16 @@ MoEPluginError
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 
 class MoEPluginError(Exception):
     """Base class of all errors of this package."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Constructors take what a message is made of; a copy in another process has the message and the attributes.
+        return _restore, (type(self), str(self), dict(vars(self)))
 
 
 class ConfigError(MoEPluginError, ValueError):
@@ -69,6 +74,9 @@ class StrategyError(MoEPluginError):
 class UnknownStrategyError(StrategyError, ValueError):
     """No strategy has that name."""
 
+    name: str = ""
+    nearest: str | None = None
+
     def __init__(self, name: str, nearest: str | None, known: Sequence[str]) -> None:
         self.name, self.nearest = name, nearest
         hint = f" Did you mean {nearest!r}?" if nearest else ""
@@ -78,6 +86,8 @@ class UnknownStrategyError(StrategyError, ValueError):
 class StrategyUnsupportedError(StrategyError, RuntimeError):
     """An explicitly chosen strategy fails a gate. It never falls back to another one."""
 
+    report: Any = None
+
     def __init__(self, message: str, report: Any = None) -> None:
         self.report = report
         super().__init__(message)
@@ -86,6 +96,8 @@ class StrategyUnsupportedError(StrategyError, RuntimeError):
 class NoStrategyError(StrategyError, RuntimeError):
     """No strategy that `auto` may pick passes its gates."""
 
+    report: Any = None
+
     def __init__(self, message: str, report: Any = None) -> None:
         self.report = report
         super().__init__(message)
@@ -93,6 +105,8 @@ class NoStrategyError(StrategyError, RuntimeError):
 
 class StrategyMismatchError(StrategyError, RuntimeError):
     """The ranks of one group were built with different configurations or choices."""
+
+    fields: Mapping[str, Mapping[int, str]] = MappingProxyType({})
 
     def __init__(self, message: str, fields: Mapping[str, Mapping[int, str]] | None = None) -> None:
         self.fields = dict(fields or {})
@@ -106,6 +120,8 @@ class RegistrationError(MoEPluginError, ValueError):
 class MemoryLimitError(MoEPluginError, RuntimeError):
     """The buffers a configuration needs do not fit on the device."""
 
+    largest_fit: int | None = None
+
     def __init__(self, message: str, largest_fit: int | None = None) -> None:
         self.largest_fit = largest_fit
         super().__init__(message)
@@ -114,6 +130,9 @@ class MemoryLimitError(MoEPluginError, RuntimeError):
 class MissingPackageError(MoEPluginError, ImportError):
     """An optional package is needed for this call and is not installed."""
 
+    package: str = ""
+    extra: str = ""
+
     def __init__(self, package: str, extra: str, why: str) -> None:
         self.package, self.extra = package, extra
         super().__init__(f"{why} needs the package {package!r}: pip install 'moe-plugin[{extra}]'")
@@ -121,6 +140,9 @@ class MissingPackageError(MoEPluginError, ImportError):
 
 class PeerLostError(MoEPluginError, RuntimeError):
     """A peer died, or did not arrive within the time limit."""
+
+    phase: str = ""
+    ranks: tuple[int, ...] | None = None
 
     def __init__(self, phase: str, ranks: Sequence[int] | None, seconds: float, detail: str = "") -> None:
         self.phase, self.ranks = phase, None if ranks is None else tuple(ranks)
@@ -136,7 +158,11 @@ class PeerLostError(MoEPluginError, RuntimeError):
 
 def rebuild(kind: str, text: str) -> MoEPluginError:
     """The error of class `kind` that another rank raised with message `text`."""
-    cls = globals()[kind]
-    problem: MoEPluginError = cls.__new__(cls)
+    return _restore(globals()[kind], text, {})
+
+
+def _restore(cls: type[MoEPluginError], text: str, attributes: Mapping[str, Any]) -> MoEPluginError:
+    problem = cls.__new__(cls)
     Exception.__init__(problem, text)
+    problem.__dict__.update(attributes)
     return problem

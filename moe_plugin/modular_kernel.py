@@ -140,6 +140,9 @@ class ExpertWeights:
                 raise ShapeError(f"{name} {list(shape)} is required by has_bias=True and was not given")
             if tuple(tensor.shape) != shape:
                 raise ShapeError(f"{name} must be {list(shape)} on this rank, got {list(tensor.shape)}")
+        for name in shapes:
+            if getattr(self, name).device != self.w13.device:
+                raise InputError(f"{name} is on {getattr(self, name).device}, w13 on {self.w13.device}, another device")
         for name in ("w13", "w2"):
             if getattr(self, name).dtype != config.weight_dtype:
                 raise DtypeError(
@@ -347,6 +350,10 @@ def validate_inputs(
             f"max_num_tokens={max_num_tokens} must lie between T={num_tokens} "
             f"and max_tokens_per_rank={config.max_tokens_per_rank}"
         )
+    if out is not None and out.device != hidden_states.device:
+        raise InputError(f"out is on {out.device}, hidden_states on {hidden_states.device}; they must be together")
+    if out is not None and out.dim() == 2 and out.stride(1) != 1 and out.shape[1] > 1:
+        raise InputError(f"out must be contiguous in its last dimension, got strides {list(out.stride())}")
     if out is not None and (out.shape != hidden_states.shape or out.dtype != config.dtype):
         raise ShapeError(
             f"out must be {list(hidden_states.shape)} {dtype_name(config.dtype)}, "
@@ -386,14 +393,15 @@ class MoELayer(abc.ABC):
             return torch.ops.moe_plugin.moe_layer(hidden_states, topk_ids, topk_weights, self.op_key, max_num_tokens)
         return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
 
-    @property
-    def op_key(self) -> int:
-        """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
-        key = self.__dict__.get("_op_key")
-        if key is None:
-            key = self.__dict__["_op_key"] = next(_op_keys)
-            _layers[key] = self
-        return key
+    op_key: int
+    """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Here, since torch.compile cannot trace the making of a weak reference in the first compiled call.
+        layer = super().__new__(cls)
+        layer.op_key = next(_op_keys)
+        _layers[layer.op_key] = layer
+        return layer
 
     @abc.abstractmethod
     def forward(
@@ -544,7 +552,7 @@ def _moe_layer(
     layer: int,
     max_num_tokens: int | None,
 ) -> torch.Tensor:
-    return _layers[layer].forward(hidden_states, topk_ids, topk_weights, max_num_tokens)
+    return _layers[layer].forward(hidden_states, topk_ids, topk_weights, max_num_tokens).contiguous()
 
 
 @_moe_layer.register_fake

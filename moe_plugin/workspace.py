@@ -38,17 +38,20 @@ class Workspace:
         if buffer is None or buffer.numel() < size:
             if buffer is not None and self.captured:
                 self._retired.append(buffer)
-            buffer = torch.empty(max(size, 16), dtype=torch.uint8, device=self._arena.device)
+            # An inference tensor could not be written by a later call outside of inference mode.
+            with torch.inference_mode(False):
+                buffer = torch.empty(max(size, 16), dtype=torch.uint8, device=self._arena.device)
             self._buffers[name] = buffer
             if self._arena.poison:
                 buffer.fill_(0xFF)
-        return buffer[:size].view(dtype).view(*shape)
+        return buffer[:size].view(dtype).view(tuple(shape))
 
     def host_tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized tensor on the host, pinned when the arena is on a CUDA device."""
         tensor = self._host.get(name)
-        if tensor is None or tensor.shape != torch.Size(shape):
-            tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self._arena.device.type == "cuda")
+        if tensor is None or tensor.shape != torch.Size(shape) or tensor.dtype != dtype:
+            with torch.inference_mode(False):
+                tensor = torch.empty(tuple(shape), dtype=dtype, pin_memory=self._arena.device.type == "cuda")
             self._host[name] = tensor
         return tensor
 
@@ -104,7 +107,9 @@ class WorkspaceArena:
         if stream is not None and not _is_capturing():
             workspace._stream, workspace._released = stream, stream.record_event()
         with self._lock:
-            self._free.append(workspace)
+            # Released twice, it would be leased to two calls at once.
+            if workspace not in self._free:
+                self._free.append(workspace)
 
     @property
     def nbytes(self) -> int:

@@ -140,10 +140,7 @@ def test_shared_fields_are_what_ranks_must_agree_on() -> None:
     fields = of()
     assert set(fields) == {
         *(field.name for field in dataclasses.fields(MoEConfig) if field.name != "parallel"),
-        *(
-            f"parallel.{name}"
-            for name in ("ep_size", "tp_size", "dp_size", "num_nodes", "timeout_seconds")
-        ),
+        *(f"parallel.{name}" for name in ("ep_size", "tp_size", "dp_size", "num_nodes", "timeout_seconds")),
     }
     assert fields["parallel.ep_size"] == "2"
 
@@ -233,9 +230,7 @@ def test_experts_are_spread_evenly_and_once(num_experts: int, num_ranks: int, pl
 @st.composite
 def tables_with_replicas(draw: st.DrawFn) -> ExpertPlacement:
     num_experts, num_ranks = draw(st.integers(1, 10)), draw(st.integers(1, 5))
-    holders = [
-        draw(st.sets(st.integers(0, num_ranks - 1), min_size=1, max_size=num_ranks)) for _ in range(num_experts)
-    ]
+    holders = [draw(st.sets(st.integers(0, num_ranks - 1), min_size=1, max_size=num_ranks)) for _ in range(num_experts)]
     table = [
         draw(st.permutations([expert for expert in range(num_experts) if rank in holders[expert]]))
         for rank in range(num_ranks)

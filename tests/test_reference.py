@@ -12,7 +12,7 @@ from moe_plugin.config import Activation, MoEConfig
 from moe_plugin.errors import ExpertIdError
 from moe_plugin.reference import reference_moe
 
-E, K, H, I, T = 6, 3, 10, 7, 9
+E, K, H, INNER, T = 6, 3, 10, 7, 9
 ALPHA, LIMIT = 1.5, 0.8
 
 
@@ -62,7 +62,7 @@ def test_activations_keep_the_dtype_and_leave_the_input(dtype: torch.dtype) -> N
 @pytest.fixture
 def layer() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"w13": (E, 2 * I, H), "w2": (E, H, I), "w13_bias": (E, 2 * I), "w2_bias": (E, H)}
+    shapes = {"w13": (E, 2 * INNER, H), "w2": (E, H, INNER), "w13_bias": (E, 2 * INNER), "w2_bias": (E, H)}
     return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -92,7 +92,7 @@ def dense(
         router = (router != 0).double()
     gate_up = torch.einsum("teh,eih->tei", rows, layer["w13"])
     gate_up = gate_up + layer["w13_bias"] if "w13_bias" in layer else gate_up
-    gate, up = gate_up[..., :I], gate_up[..., I:]
+    gate, up = gate_up[..., :INNER], gate_up[..., INNER:]
     flat = [scalar_activation(g, u, activation) for g, u in zip(gate.flatten(), up.flatten(), strict=True)]
     inner = torch.tensor(flat, dtype=torch.float64).view(gate.shape)
     out = torch.einsum("tei,ehi->teh", inner, layer["w2"])

@@ -56,7 +56,8 @@ class TritonFusedMoE(Experts):
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         """Standard format, with as many rows as the ranks of the EP group can send to this one."""
-        rows_per_rank = min(config.dispatch_capacity or config.max_tokens_per_rank, config.max_tokens_per_rank)
+        capacity = config.dispatch_capacity if config.cuda_graph and config.dispatch_capacity else None
+        rows_per_rank = config.max_tokens_per_rank if capacity is None else capacity * config.parallel.tp_size
         buffers = standard_buffers(config, rows_per_rank * config.parallel.ep_size, config.top_k)
         return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in buffers.items()}
 

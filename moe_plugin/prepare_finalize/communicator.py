@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,10 +21,22 @@ ROLL_CALL_SECONDS = 2.0
 """How long a rank that lost a collective waits for others to say that they are alive."""
 
 
+_roll_calls: Counter[str] = Counter()
+
+
 @functools.cache
 def communication_stream(device: torch.device) -> torch.cuda.Stream | None:
     """The one stream of `device` on which asynchronous dispatch and combine run; None on CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _all_gather(*args: Any, **kwargs: Any) -> Any:
+    # torch 2.13 deprecates the older name.
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(*args, **kwargs)
+
+
+def _reduce_scatter(*args: Any, **kwargs: Any) -> Any:
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(*args, **kwargs)
 
 
 class PendingCollective:
@@ -52,7 +65,6 @@ class Communicator:
         self.group, self.size, self.rank = group, size, rank
         self.timeout_seconds = timeout_seconds
         self.is_nccl = group is not None and size > 1 and "nccl" in str(dist.get_backend(group))
-        self._roll_calls = 0
 
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor, phase: str) -> PendingCollective:
         """out [R, *mine.shape] receives every rank's `mine`."""
@@ -60,7 +72,7 @@ class Communicator:
             out.view(mine.shape).copy_(mine)
             return PendingCollective(self, None, phase)
         joined = out.view(self.size * mine.shape[0], *mine.shape[1:])
-        return self._start(phase, lambda: dist.all_gather_into_tensor(joined, mine, group=self.group, async_op=True))
+        return self._start(phase, lambda: _all_gather(joined, mine, group=self.group, async_op=True))
 
     def all_to_all(
         self,
@@ -91,7 +103,7 @@ class Communicator:
         if self.size == 1:
             out.copy_(tensor)
             return PendingCollective(self, None, phase)
-        return self._start(phase, lambda: dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=True))
+        return self._start(phase, lambda: _reduce_scatter(out, tensor, group=self.group, async_op=True))
 
     def gather_objects(self, mine: Any, phase: str) -> list[Any]:
         """Every rank's object, in rank order. Slow; for building layers and for reporting errors."""
@@ -128,11 +140,12 @@ class Communicator:
 
     def missing_ranks(self) -> list[int] | None:
         """Global ranks of this group that do not answer a roll call in the store; None if the store is gone too."""
-        self._roll_calls += 1
         members = dist.get_process_group_ranks(self.group)
+        # Of the group, not of this object: answers to an earlier roll call must not count as answers to this one.
+        call = _roll_calls[self.group.group_name] = _roll_calls[self.group.group_name] + 1
         try:
             store = dist.distributed_c10d._get_default_store()
-            prefix = f"moe_plugin/alive/{self.group.group_name}/{self._roll_calls}"
+            prefix = f"moe_plugin/alive/{self.group.group_name}/{call}"
             store.set(f"{prefix}/{dist.get_rank()}", "alive")
             deadline = time.monotonic() + ROLL_CALL_SECONDS
             missing = members

@@ -141,14 +141,22 @@ class NcclAllToAll(PrepareAndFinalize):
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         parallel, layout = config.parallel, RowLayout(config.hidden_size, config.top_k, config.dtype)
-        tokens = -(-config.max_tokens_per_rank // parallel.tp_size)
+        ep, tp, tokens = parallel.ep_size, parallel.tp_size, -(-config.max_tokens_per_rank // parallel.tp_size)
         if config.cuda_graph:
-            sent = received = parallel.ep_size * _capacity_limit(config)
+            sent = received = ep * _capacity_limit(config)
         else:
-            sent, received = tokens * min(parallel.ep_size, config.top_k), tokens * parallel.ep_size
+            sent, received = tokens * min(ep, config.top_k), tokens * ep
         row, result = layout.row_bytes, config.hidden_size * config.dtype.itemsize
-        gathered = received * parallel.tp_size * row if parallel.tp_size > 1 else 0
-        return {"sent rows": sent * row, "received rows": received * row + gathered, "returned rows": sent * result}
+        return {
+            "sent rows": sent * row,
+            "received rows": (received + (tp * received if tp > 1 else 0)) * row,
+            "slots and weights": tp * received * 8 * config.top_k,
+            "reduced rows": received * result if tp > 1 else 0,
+            "returned rows": sent * result,
+            "row index": 4 * tokens * ep,
+            "TP slices": (1 + tp) * tokens * result if tp > 1 else 0,
+            "counts": 0 if config.cuda_graph else 4 * (1 + tp) * ep * (ep + 1),
+        }
 
     def prepare(
         self,
@@ -290,7 +298,7 @@ class NcclAllToAll(PrepareAndFinalize):
         """wanted bool [t, R]: token t goes to rank r; position int32 [t, R]: its row among r's; counts int32 [R].
 
         Example: two ranks, destination ranks [[0, 1], [1, 1], [0, -1]] -> wanted [[1, 1], [0, 1], [1, 0]],
-        position [[0, 0], -, 1], [1, -]] and counts [2, 2].
+        position [[0, 0], [-, 1], [1, -]] (- where not wanted) and counts [2, 2].
         """
         rank, size = destinations.rank, self._ep.size
         wanted = torch.zeros(rank.shape[0], size + 1, dtype=torch.int32, device=rank.device)

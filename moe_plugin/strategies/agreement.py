@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 from moe_plugin.config import ParallelConfig
@@ -11,12 +10,6 @@ from moe_plugin.prepare_finalize.communicator import Communicator
 
 Account = tuple[tuple[str, str] | None, dict[str, str]]
 """What one rank tells the others: its problem (class name, message) if any, and its fields."""
-
-
-def fingerprint(fields: Mapping[str, str]) -> str:
-    """Short digest of what ranks must agree on."""
-    text = "\n".join(f"{name}={fields[name]}" for name in sorted(fields))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def agree(parallel: ParallelConfig, fields: Mapping[str, str], problem: MoEPluginError | None) -> None:

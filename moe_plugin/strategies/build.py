@@ -60,7 +60,9 @@ def build(
     if w2_bias is not None and config.parallel.tp_rank > 0:
         # TP ranks add up their outputs, and the bias belongs into the sum once.
         weights = replace(weights, w2_bias=torch.zeros_like(w2_bias))
-    layer = _assemble(config, report, weights, arena or WorkspaceArena.shared(w13.device))
+    # What a layer keeps is written by every call, in inference mode or not.
+    with torch.inference_mode(False):
+        layer = _assemble(config, report, weights, arena or WorkspaceArena.shared(w13.device))
     layer.report = report
     logger.debug("built %s", report.line())
     return layer

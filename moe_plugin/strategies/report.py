@@ -142,8 +142,8 @@ class SelectionReport:
 
         buffer = io.StringIO()
         console = Console(file=buffer, width=width, force_terminal=color, no_color=not color)
-        console.print(self.line(), highlight=False)
-        console.print(f"layer: {self.layer}\nenvironment: {self.environment}", highlight=False)
+        header = f"{self.line()}\nlayer: {self.layer}\nenvironment: {self.environment}"
+        console.print(header, highlight=False, soft_wrap=True)
         phases = self.entries if self.entries_differ() else {"": next(iter(self.entries.values()))}
         for phase, entries in phases.items():
             table = Table(title=f"{phase} phase" if phase else None, show_lines=True)

@@ -41,19 +41,13 @@ def explain(config: MoEConfig, strategy: str = AUTO, environment: Environment | 
     """
     environment = environment or Environment.probe()
     request = parse_strategy(strategy)
-    single = survey(config, environment)
-    if not request.is_phased and request.decode != AUTO:
-        return _report(request, config, environment, dict.fromkeys(PHASES, single))
-    phased = {phase: survey(phase_config(config, phase), environment) for phase in PHASES}
-    if request.is_phased:
-        return _report(request, config, environment, phased)
-    # `auto` settles for one strategy unless a captured decode and an eager prefill prefer different ones.
-    two = _report(request, config, environment, phased)
-    return (
-        two
-        if two.is_phased and config.cuda_graph
-        else _report(request, config, environment, dict.fromkeys(PHASES, single))
-    )
+    if request.is_phased or (request.decode == AUTO and config.cuda_graph):
+        phased = {phase: survey(phase_config(config, phase), environment) for phase in PHASES}
+        report = _report(request, config, environment, phased)
+        if report.is_phased:
+            return report
+    # One strategy for both phases: asked for, or `auto` prefers the same for a captured decode and an eager prefill.
+    return _report(request, config, environment, dict.fromkeys(PHASES, survey(config, environment)))
 
 
 def select(config: MoEConfig, strategy: str = AUTO, environment: Environment | None = None) -> SelectionReport:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import socket
 import traceback
@@ -141,20 +140,17 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@functools.cache
-def _pool(max_ranks: int, device_type: str) -> RankPool:
-    pool = RankPool(max_ranks, device_type)
-    atexit.register(pool.close)
-    return pool
+_pools: dict[tuple[str, int], RankPool] = {}
 
 
 def shared_pool(device_type: str, max_ranks: int) -> RankPool:
     """The pool of this process; a new one when the last one broke."""
-    pool = _pool(max_ranks, device_type)
-    if not pool.alive:
-        pool.close()
-        _pool.cache_clear()
-        pool = _pool(max_ranks, device_type)
+    pool = _pools.get((device_type, max_ranks))
+    if pool is None or not pool.alive:
+        if pool is not None:
+            pool.close()
+        pool = _pools[device_type, max_ranks] = RankPool(max_ranks, device_type)
+        atexit.register(pool.close)
     return pool
 
 
