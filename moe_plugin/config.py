@@ -292,6 +292,13 @@ class MoEConfig:
         return self.intermediate_size // self.parallel.tp_size
 
     @property
+    def max_received_rows(self) -> int:
+        """Most rows that one call can send to one rank: every rank's tokens, or a fixed capacity from each."""
+        capacity = self.dispatch_capacity if self.cuda_graph else None
+        from_each = self.max_tokens_per_rank if capacity is None else capacity * self.parallel.tp_size
+        return from_each * self.parallel.ep_size
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         return self.dtype if self.quantization is None else torch.float8_e4m3fn
 

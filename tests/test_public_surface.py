@@ -197,16 +197,16 @@ def test_optional_packages_are_imported_where_they_belong(path: Path) -> None:
 WITHOUT_EXTRAS = """
 import importlib.abc, sys
 
-BLOCKED = {"triton", "deep_ep", "deep_gemm", "transformers", "vllm", "sglang", "pynvml", "numpy"}
+BLOCKED = {"triton", "deep_ep", "deep_gemm", "transformers", "vllm", "sglang", "pynvml"}
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] in BLOCKED:
             raise ImportError(f"{name} is blocked by the test")
 
-import torch
-assert not BLOCKED.intersection(sys.modules) - {"numpy"}
 sys.meta_path.insert(0, Missing())
+import torch
+BLOCKED.add("numpy")  # torch itself warns without it
 import moe_plugin
 from moe_plugin.testing.cases import Inputs, Weights
 

@@ -57,9 +57,7 @@ class TorchNative(Experts):
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         """Peak temporaries in the Standard format, with as many rows as the EP group can send to this rank."""
-        capacity = config.dispatch_capacity if config.cuda_graph and config.dispatch_capacity else None
-        rows_per_rank = config.max_tokens_per_rank if capacity is None else capacity * config.parallel.tp_size
-        num_rows = rows_per_rank * config.parallel.ep_size
+        num_rows = config.max_received_rows
         num_pairs, inner, width = num_rows * config.top_k, config.local_intermediate_size, config.dtype.itemsize
         return {
             "sorted_activations": num_pairs * config.hidden_size * width,

@@ -56,9 +56,7 @@ class TritonFusedMoE(Experts):
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         """Standard format, with as many rows as the ranks of the EP group can send to this one."""
-        capacity = config.dispatch_capacity if config.cuda_graph and config.dispatch_capacity else None
-        rows_per_rank = config.max_tokens_per_rank if capacity is None else capacity * config.parallel.tp_size
-        buffers = standard_buffers(config, rows_per_rank * config.parallel.ep_size, config.top_k)
+        buffers = standard_buffers(config, config.max_received_rows, config.top_k)
         return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in buffers.items()}
 
     def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:

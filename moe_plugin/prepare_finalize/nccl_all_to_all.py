@@ -21,7 +21,7 @@ all-gather over the TP group completes them; combine mirrors that with a reduce-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import torch
@@ -93,7 +93,6 @@ class AllToAllHandle(DispatchHandle):
     padded_received: int
     splits: list[int] | None
     received_splits: list[int] | None
-    inputs: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,8 @@ class NcclAllToAll(PrepareAndFinalize):
         topk_weights: torch.Tensor,
         max_num_tokens: int | None = None,
     ) -> Receiver[Dispatched]:
-        return self._overlapped(lambda: self._start_dispatch(hidden_states, topk_ids, topk_weights, max_num_tokens))
+        inputs = (hidden_states, topk_ids, topk_weights)
+        return self._overlapped(lambda: self._start_dispatch(*inputs, max_num_tokens), inputs)
 
     def abort(self, problem: InputError, max_num_tokens: int | None = None) -> NoReturn:
         """Join the exchange with no tokens and the abort flag, so that every rank raises."""
@@ -213,14 +213,12 @@ class NcclAllToAll(PrepareAndFinalize):
         handle = send_plan.handle
         sent = self._pack(activations, destinations, weights, send_plan)
         received = workspace.tensor("received", (handle.padded_received, self._layout.row_bytes), torch.uint8)
-        handle.inputs = (hidden_states, topk_ids, topk_weights)
         exchange = self._ep.all_to_all(
             received[: handle.num_received], sent, "dispatch", handle.received_splits, handle.splits
         )
 
         def complete() -> Dispatched:
             exchange.wait()
-            handle.inputs = ()
             rows = self._gather_over_tp(received, handle)
             if self.config.cuda_graph:
                 self._errors.record(or_rows(self._layout.flags(rows)))
@@ -368,7 +366,9 @@ class NcclAllToAll(PrepareAndFinalize):
     def finalize_async(
         self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
     ) -> Receiver[torch.Tensor]:
-        return self._overlapped(lambda: self._start_combine(expert_output, handle, out))
+        # The result is the caller's: memory of the caller's stream.
+        result = self._new_result(handle) if out is None else out
+        return self._overlapped(lambda: self._start_combine(expert_output, handle, result), (expert_output,))
 
     def _start_combine(
         self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None
@@ -384,8 +384,7 @@ class NcclAllToAll(PrepareAndFinalize):
         exchange = self._ep.all_to_all(
             returned, rows[: handle.num_received], "combine", handle.splits, handle.received_splits
         )
-        shape = (handle.num_tokens, hidden_size)
-        result = torch.empty(shape, dtype=self.config.dtype, device=self.arena.device) if out is None else out
+        result = self._new_result(handle) if out is None else out
 
         def complete() -> torch.Tensor:
             exchange.wait()
@@ -438,7 +437,11 @@ class NcclAllToAll(PrepareAndFinalize):
         where = f"EP rank {ep_rank}" + (f", TP rank {tp_rank}" if self._tp.size > 1 else "")
         raise rebuild(kind, f"{where}: {text}") from problem
 
-    def _overlapped(self, start: Callable[[], Callable[[], T]]) -> Receiver[T]:
+    def _new_result(self, handle: DispatchHandle) -> torch.Tensor:
+        shape = (handle.num_tokens, self.config.hidden_size)
+        return torch.empty(shape, dtype=self.config.dtype, device=self.arena.device)
+
+    def _overlapped(self, start: Callable[[], Callable[[], T]], inputs: tuple[torch.Tensor, ...]) -> Receiver[T]:
         """Run on the communication stream; the receiver makes the caller's stream wait. On CPU the receiver waits."""
         if self._stream is None:
             return Receiver(start())
@@ -448,7 +451,8 @@ class NcclAllToAll(PrepareAndFinalize):
             result = start()()
             done = self._stream.record_event()
 
-        def complete() -> T:
+        def complete(inputs: tuple[torch.Tensor, ...] = inputs) -> T:
+            # Until the caller's stream waits, memory of `inputs` must not go back to it: this closure holds them.
             torch.cuda.current_stream(self.arena.device).wait_event(done)
             return result
 

@@ -175,7 +175,7 @@ def test_memory_of_a_large_layer_is_exact_arithmetic() -> None:
 
 
 def test_dispatch_capacity_bounds_memory() -> None:
-    small = make_config(dispatch_capacity=8, parallel=ParallelConfig(ep_size=4))
+    small = make_config(dispatch_capacity=8, cuda_graph=True, parallel=ParallelConfig(ep_size=4))
     assert TritonFusedMoE.memory(small)["output"] == 4 * 8 * 40 * 2
 
 

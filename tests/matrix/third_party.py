@@ -39,6 +39,10 @@ class LoopExperts(Experts):
             gate_quantization(config), gate_cuda_graph(config, False, "the loop asks the host for row numbers")
         )
 
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        return config.num_local_experts
+
     def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:
         x, ids, weights = dispatched.activations, dispatched.local_ids, self.weights
         assert ids is not None
@@ -73,6 +77,10 @@ class BatchedLocal(PrepareAndFinalize):
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
         return Verdict.of(one_rank(config), gate_cuda_graph(config, False, "ids are checked on the host"))
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        return 1
 
     def prepare(
         self,
@@ -129,6 +137,10 @@ class OracleMonolith(Monolithic):
         return Verdict.of(
             one_rank(config), gate_quantization(config), gate_cuda_graph(config, False, "the oracle loops")
         )
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        return config.num_experts
 
     def apply(
         self,
