@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 		echo $$python; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format model clean
+.PHONY: help env demo test check format readme model clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +52,10 @@ format: env ## put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-model: env ## train the embedded model again (about half an hour)
+readme: env ## write the strategy table into README.md
+	$(BIN)/python -m moe_plugin.strategies.table README.md
+
+model: env ## train the embedded model again (minutes on a GPU)
 	$(BIN)/python examples/tiny_moe/train.py
 
 clean: ## remove caches and builds; .venv stays

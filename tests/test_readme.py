@@ -22,7 +22,7 @@ def code_of(text: str) -> list[str]:
 
 
 def test_the_strategy_table_is_the_generated_one() -> None:
-    from moe_plugin.strategies.report import strategy_table
+    from moe_plugin.strategies.table import strategy_table
 
     _, _, after = README.read_text().partition(START)
     table, end, _ = after.partition(END)
@@ -32,7 +32,7 @@ def test_the_strategy_table_is_the_generated_one() -> None:
 
 def test_the_strategy_table_names_every_strategy() -> None:
     import moe_plugin
-    from moe_plugin.strategies.report import strategy_table
+    from moe_plugin.strategies.table import strategy_table
 
     table = strategy_table()
     assert [name for name in moe_plugin.strategy_names() if name not in table] == []
