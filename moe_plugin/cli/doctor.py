@@ -100,7 +100,7 @@ def doctor(
             memory = {entry.strategy: entry.to_dict()["workspace_bytes"] for entry in entries}
             typer.echo(json.dumps({"machine": machine, "layer": report.layer, "workspace_bytes": memory}, indent=2))
             return
-        console = Console()
+        console = Console(markup=False)  # moe-plugin[triton] is no markup
         machine_table = Table("", "what", "seen", "fix", title="This machine")
         for finding in findings:
             machine_table.add_row("ok" if finding.ok else "--", finding.what, finding.seen, finding.fix)

@@ -12,7 +12,8 @@ Combine sends each rank's reduced rows back along the same splits. They arrive i
 so no index travels; the rows of a token are summed in fp32 in ascending rank order.
 
 With `cuda_graph=True` the exchange has a fixed capacity per rank pair: no count matrix, no copy to the host. Unused
-rows carry slots of -1, and error flags travel in every row and are raised at the next host point on all ranks.
+rows carry slots of -1, and error flags travel in every row and are raised at the next host point on all ranks. NCCL
+does not destroy a communicator while a graph that captured it lives: delete graphs before the process group.
 
 With EP + TP each TP rank sends only its slice of the tokens to the same TP rank of the owning EP rank, where an
 all-gather over the TP group completes them; combine mirrors that with a reduce-scatter and an all-gather.

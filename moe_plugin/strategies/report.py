@@ -139,7 +139,7 @@ class SelectionReport:
         from rich.table import Table
 
         buffer = io.StringIO()
-        console = Console(file=buffer, width=width, force_terminal=color, no_color=not color)
+        console = Console(file=buffer, width=width, force_terminal=color, no_color=not color, markup=False)
         header = f"{self.line()}\nlayer: {self.layer}\nenvironment: {self.environment}"
         console.print(header, highlight=False, soft_wrap=True)
         phases = self.entries if self.entries_differ() else {"": next(iter(self.entries.values()))}

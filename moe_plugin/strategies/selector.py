@@ -83,7 +83,7 @@ def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment
     extra = 0
     monolithic = monolithic_classes.all().get(name)
     if monolithic is not None:
-        verdict, memory = monolithic.supports(config, environment), monolithic.memory(config)
+        verdict, memory = monolithic.supports(config, environment).asked_by(name), monolithic.memory(config)
         host_syncs = monolithic.host_syncs(config, environment)
     else:
         prepare_finalize, experts = pair_classes(name)

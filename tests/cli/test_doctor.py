@@ -104,6 +104,7 @@ def test_text() -> None:
     assert "256 experts" in result.stdout
     for finding in examine(Environment.probe()):
         assert finding.what in result.stdout
+        assert finding.fix in result.stdout, "a fix must be shown to the letter, brackets included"
     for strategy in moe_plugin.strategy_names():
         assert strategy in result.stdout
 
