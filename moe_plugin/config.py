@@ -163,7 +163,8 @@ class ParallelConfig:
     hold the same tokens and a slice of every local expert's intermediate size.
 
     Give process groups to run, or sizes alone to ask about a deployment. Data parallelism is what `ep_group`
-    already expresses (every EP rank brings its own tokens); `dp_size` is recorded for the report.
+    already expresses (every EP rank brings its own tokens); `dp_size` and `num_nodes` describe the deployment in the
+    report and are compared between ranks.
     """
 
     ep_group: Any = None

@@ -23,6 +23,10 @@ OPTIONAL_PACKAGES: Mapping[str, str] = {
 """Importable module -> distribution that brings it."""
 
 
+# Triton reads this once, when kernels are defined, so what holds is what stood here then.
+_TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @dataclass(frozen=True, slots=True)
 class Package:
     """One optional package. version is None when it is absent; problem says why an installed one is unusable."""
@@ -92,7 +96,7 @@ class Environment:
         common: dict[str, Any] = {
             "backends": _backends(),
             "packages": {name: probe_package(name) for name in OPTIONAL_PACKAGES},
-            "triton_interpret": os.environ.get("TRITON_INTERPRET") == "1",
+            "triton_interpret": _TRITON_INTERPRET,
             "nvcc": shutil.which("nvcc", path=_nvcc_path()) is not None,
             "cuda_version": torch.version.cuda,
         }
@@ -157,7 +161,8 @@ def _active_nvlinks(device: int) -> int | None:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device)
+        # By UUID: NVML numbers all devices, CUDA the visible ones.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except Exception:  # whatever keeps NVML from answering, the answer is "unknown"
         return None
     active = 0

@@ -157,8 +157,14 @@ class PeerLostError(MoEPluginError, RuntimeError):
 
 
 def rebuild(kind: str, text: str) -> MoEPluginError:
-    """The error of class `kind` that another rank raised with message `text`."""
-    return _restore(globals()[kind], text, {})
+    """The error of class `kind` that another rank raised with message `text`.
+
+    A class that is not of this module comes back as MoEPluginError, with its name in the text.
+    """
+    cls = globals().get(kind)
+    if isinstance(cls, type) and issubclass(cls, MoEPluginError):
+        return _restore(cls, text, {})
+    return MoEPluginError(f"{text} ({kind})")
 
 
 def _restore(cls: type[MoEPluginError], text: str, attributes: Mapping[str, Any]) -> MoEPluginError:

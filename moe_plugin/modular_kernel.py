@@ -141,8 +141,13 @@ class ExpertWeights:
             if tuple(tensor.shape) != shape:
                 raise ShapeError(f"{name} must be {list(shape)} on this rank, got {list(tensor.shape)}")
         for name in shapes:
-            if getattr(self, name).device != self.w13.device:
-                raise InputError(f"{name} is on {getattr(self, name).device}, w13 on {self.w13.device}, another device")
+            tensor = getattr(self, name)
+            if tensor.device != self.w13.device:
+                raise InputError(f"{name} is on {tensor.device}, w13 on {self.w13.device}, another device")
+            if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                raise ShapeError(
+                    f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}"
+                )
         for name in ("w13", "w2"):
             if getattr(self, name).dtype != config.weight_dtype:
                 raise DtypeError(
@@ -204,10 +209,12 @@ class PrepareAndFinalize(StrategyPart):
 
     activation_format: what prepare returns.
     router_weight_stage: who applies router weights, unless the configuration applies them on input.
+    has_capacity: with cuda_graph=True the exchange has a fixed capacity, `dispatch_capacity`, and can overflow.
     """
 
     activation_format: ClassVar[ActivationFormat] = ActivationFormat.STANDARD
     router_weight_stage: ClassVar[RouterWeightStage] = RouterWeightStage.EXPERTS_GATHER
+    has_capacity: ClassVar[bool] = False
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
         self.config = config
@@ -325,8 +332,15 @@ def validate_inputs(
     topk_weights: torch.Tensor,
     max_num_tokens: int | None,
     out: torch.Tensor | None,
+    device: torch.device | None = None,
 ) -> None:
-    """Raises the InputError that names what is wrong with a call's arguments; looks at no values."""
+    """Raises the InputError that names what is wrong with a call's arguments; looks at no values.
+
+    device: where the layer is, when it is to be compared.
+    """
+    for name, value in (("hidden_states", hidden_states), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if not isinstance(value, torch.Tensor):
+            raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if hidden_states.dim() != 2 or hidden_states.shape[1] != config.hidden_size:
         raise ShapeError(f"hidden_states must be [T, {config.hidden_size}], got {list(hidden_states.shape)}")
     num_tokens = hidden_states.shape[0]
@@ -343,6 +357,8 @@ def validate_inputs(
             raise InputError(
                 f"{name} is on {tensor.device}, hidden_states on {hidden_states.device}; they must be together"
             )
+    if device is not None and hidden_states.device != device:
+        raise InputError(f"hidden_states is on {hidden_states.device}, the layer on {device}; they must be together")
     if num_tokens > config.max_tokens_per_rank:
         raise TooManyTokensError(f"{num_tokens} tokens exceed max_tokens_per_rank={config.max_tokens_per_rank}")
     if max_num_tokens is not None and not num_tokens <= max_num_tokens <= config.max_tokens_per_rank:
@@ -350,15 +366,22 @@ def validate_inputs(
             f"max_num_tokens={max_num_tokens} must lie between T={num_tokens} "
             f"and max_tokens_per_rank={config.max_tokens_per_rank}"
         )
-    if out is not None and out.device != hidden_states.device:
-        raise InputError(f"out is on {out.device}, hidden_states on {hidden_states.device}; they must be together")
-    if out is not None and out.dim() == 2 and out.stride(1) != 1 and out.shape[1] > 1:
-        raise InputError(f"out must be contiguous in its last dimension, got strides {list(out.stride())}")
-    if out is not None and (out.shape != hidden_states.shape or out.dtype != config.dtype):
-        raise ShapeError(
-            f"out must be {list(hidden_states.shape)} {dtype_name(config.dtype)}, "
-            f"got {list(out.shape)} {dtype_name(out.dtype)}"
-        )
+    if out is not None:
+        _validate_output("out", out, (num_tokens, config.hidden_size), config.dtype, hidden_states.device)
+
+
+def _validate_output(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise DtypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device}, the other tensors on {device}; they must be together")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        got = f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+        raise ShapeError(f"{name} must be {list(shape)} {dtype_name(dtype)}, got {got}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise InputError(f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}")
 
 
 class MoELayer(abc.ABC):
@@ -391,7 +414,8 @@ class MoELayer(abc.ABC):
         """
         if torch.compiler.is_compiling() and shared_experts is None and out is None:
             return torch.ops.moe_plugin.moe_layer(hidden_states, topk_ids, topk_weights, self.op_key, max_num_tokens)
-        return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
+        with torch.no_grad():
+            return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
 
     op_key: int
     """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
@@ -475,22 +499,31 @@ class ModularKernel(MoELayer):
 
     def apply_experts(self, dispatched: Dispatched) -> torch.Tensor:
         """The expert computation on what prepare returned."""
-        return self.experts.apply(dispatched, dispatched.handle.workspace)
+        return self.experts.apply(dispatched, dispatched.handle.workspace.scoped(self.experts.name))
 
     def finalize(
         self, expert_output: torch.Tensor, dispatched: Dispatched, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Combine into [T, H]."""
-        return self.prepare_finalize.finalize(expert_output, _handle(dispatched), out)
+        self._validate_combine(dispatched, out)
+        return self.prepare_finalize.finalize(expert_output, dispatched.handle, out)
 
     def finalize_async(
         self, expert_output: torch.Tensor, dispatched: Dispatched, out: torch.Tensor | None = None
     ) -> Receiver[torch.Tensor]:
         """Start to combine."""
-        return self.prepare_finalize.finalize_async(expert_output, _handle(dispatched), out)
+        self._validate_combine(dispatched, out)
+        return self.prepare_finalize.finalize_async(expert_output, dispatched.handle, out)
 
     def check_errors(self) -> None:
         self.prepare_finalize.check_errors()
+
+    def _validate_combine(self, dispatched: Dispatched, out: torch.Tensor | None) -> None:
+        if not isinstance(dispatched, Dispatched):
+            raise HandleError(f"finalize takes the Dispatched that prepare returned, got {type(dispatched).__name__}")
+        if out is not None:
+            shape = (dispatched.handle.num_tokens, self.config.hidden_size)
+            _validate_output("out", out, shape, self.config.dtype, dispatched.activations.device)
 
     def _validate(
         self,
@@ -501,15 +534,10 @@ class ModularKernel(MoELayer):
         out: torch.Tensor | None = None,
     ) -> None:
         try:
-            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+            device = self.prepare_finalize.arena.device
+            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out, device)
         except InputError as problem:
             self.prepare_finalize.abort(problem, max_num_tokens)
-
-
-def _handle(dispatched: Dispatched) -> DispatchHandle:
-    if not isinstance(dispatched, Dispatched):
-        raise HandleError(f"finalize takes the Dispatched that prepare returned, got {type(dispatched).__name__}")
-    return dispatched.handle
 
 
 class MonolithicKernel(MoELayer):
@@ -530,7 +558,8 @@ class MonolithicKernel(MoELayer):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         try:
-            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out)
+            device = self.monolithic.arena.device
+            validate_inputs(self.config, hidden_states, topk_ids, topk_weights, max_num_tokens, out, device)
         except InputError as problem:
             self.monolithic.abort(problem, max_num_tokens)
         result = self.monolithic.apply(hidden_states, topk_ids, topk_weights, max_num_tokens, out)

@@ -55,6 +55,10 @@ class Workspace:
             self._host[name] = tensor
         return tensor
 
+    def scoped(self, scope: str) -> Workspace:
+        """The same memory under names of its own, for a part that must not meet another's buffers."""
+        return _ScopedWorkspace(self, scope)
+
     def release(self) -> None:
         """Give the buffers back; work already enqueued on the current stream may still use them."""
         self._arena._give_back(self)
@@ -62,6 +66,25 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         return sum(buffer.numel() for buffer in self._buffers.values())
+
+
+class _ScopedWorkspace(Workspace):
+    def __init__(self, whole: Workspace, scope: str) -> None:
+        super().__init__(whole._arena)
+        self._whole, self._scope = whole, scope
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._whole.tensor(f"{self._scope}.{name}", shape, dtype)
+
+    def host_tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._whole.host_tensor(f"{self._scope}.{name}", shape, dtype)
+
+    def release(self) -> None:
+        self._whole.release()
+
+    @property
+    def nbytes(self) -> int:
+        return self._whole.nbytes
 
 
 class WorkspaceArena:
@@ -77,9 +100,11 @@ class WorkspaceArena:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, device: torch.device | str, poison: bool = False) -> None:
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index
         self.poison = poison
         self._free: list[Workspace] = []
+        # Graphs hold addresses in these, whatever becomes of the calls that leased them.
+        self._captured: list[Workspace] = []
 
     @classmethod
     def shared(cls, device: torch.device | str) -> WorkspaceArena:
@@ -94,6 +119,8 @@ class WorkspaceArena:
         stream = _stream(self.device)
         if stream is not None:
             if _is_capturing():
+                if not workspace.captured:
+                    self._captured.append(workspace)
                 workspace.captured = True
             elif workspace._released is not None and workspace._stream != stream:
                 stream.wait_event(workspace._released)

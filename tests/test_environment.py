@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -103,12 +105,20 @@ def test_probe_of_gpus(reachable: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert environment.describe().startswith("H200 (SM 90)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "interpreted"), [("1", True), ("0", False), (None, False)])
-def test_triton_s_interpreter(value: str | None, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if value is not None:
-        monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert Environment.probe("cpu").triton_interpret is interpreted
+def test_triton_s_interpreter_is_what_stood_there_at_import(value: str | None, interpreted: bool) -> None:
+    code = """if True:
+        import os
+        from moe_plugin.environment import Environment
+
+        os.environ["TRITON_INTERPRET"] = "0" if os.environ.get("TRITON_INTERPRET") == "1" else "1"
+        print(Environment.probe("cpu").triton_interpret)
+    """
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {} if value is None else {"TRITON_INTERPRET": value}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(interpreted)
 
 
 @pytest.mark.parametrize("place", ["PATH", "CUDA_HOME"])
@@ -194,8 +204,8 @@ class FakeNvml(types.ModuleType):
     def nvmlInit(self) -> None:
         pass
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-of-device-1": 1}[uuid]
 
     def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
         if link >= 6:
@@ -207,6 +217,8 @@ def test_nvlinks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_plugin.environment import _active_nvlinks
 
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml("pynvml"))
+    properties = types.SimpleNamespace(uuid="of-device-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert _active_nvlinks(0) == 4
     monkeypatch.setattr(FakeNvml, "nvmlInit", lambda self: 1 / 0)
     assert _active_nvlinks(0) is None

@@ -390,3 +390,40 @@ def test_supports_and_memory_touch_no_device(part: type, monkeypatch: pytest.Mon
         monkeypatch.setattr(torch, name, refuse)
     assert part.supports(CONFIG, Environment(sm=90, device_type="cuda")).gates
     assert all(size >= 0 for size in part.memory(CONFIG).values())
+
+
+def test_what_is_no_tensor_is_named(layer: MoELayer, inputs: Inputs) -> None:
+    for position, name in enumerate(("hidden_states", "topk_ids", "topk_weights")):
+        arguments: list[Any] = list(inputs.as_tuple())
+        arguments[position] = None
+        with pytest.raises(DtypeError, match=f"{name} must be a tensor, got NoneType"):
+            layer(*arguments)
+
+
+def test_a_wrong_out_is_refused_before_combine(kernel: ModularKernel, inputs: Inputs) -> None:
+    dispatched = kernel.prepare(*inputs.as_tuple())
+    rows = kernel.apply_experts(dispatched)
+    for wrong in (torch.empty(T - 1, 32, device=DEVICE), torch.empty(T, 32, dtype=torch.float64, device=DEVICE)):
+        with pytest.raises(ShapeError, match="out must be"):
+            kernel.finalize(rows, dispatched, wrong)
+        with pytest.raises(ShapeError, match="out must be"):
+            kernel.finalize_async(rows, dispatched, wrong)
+    assert_close_to_oracle(kernel.finalize(rows, dispatched), expected(inputs), torch.float32)
+
+
+def test_transposed_weights_are_refused() -> None:
+    weights = expert_weights()
+    with pytest.raises(ShapeError, match="w13 must be contiguous in its last dimension"):
+        ExpertWeights(w13=weights.w13.mT.contiguous().mT, w2=weights.w2).check(CONFIG)
+
+
+def test_experts_cannot_overwrite_what_the_dispatcher_keeps(inputs: Inputs) -> None:
+    class Careless(TorchNative):
+        def apply(self, dispatched: Dispatched, workspace: Any) -> torch.Tensor:
+            for name in ("row_index", "local_ids", "topk_weights", "received"):
+                workspace.tensor(name, (64, 64), torch.float32).fill_(float("nan"))
+            return super().apply(dispatched, workspace)
+
+    arena = WorkspaceArena(DEVICE)
+    layer = ModularKernel(NcclAllToAll(CONFIG, arena), Careless(CONFIG, expert_weights()))
+    assert_close_to_oracle(layer(*inputs.as_tuple()), expected(inputs), torch.float32)

@@ -231,3 +231,12 @@ def test_buffers_made_in_inference_mode_can_be_written_outside_of_it() -> None:
         workspace.tensor("rows", (4,), torch.float32).fill_(1)
         workspace.release()
     arena.lease().tensor("rows", (4,), torch.float32).fill_(2)
+
+
+def test_scopes_do_not_share_names() -> None:
+    workspace = WorkspaceArena("cpu").lease()
+    whole, one, other = (
+        part.tensor("rows", (4,), torch.float32) for part in (workspace, workspace.scoped("a"), workspace.scoped("b"))
+    )
+    assert len({tensor.data_ptr() for tensor in (whole, one, other)}) == 3
+    assert workspace.scoped("a").tensor("rows", (4,), torch.float32).data_ptr() == one.data_ptr()

@@ -40,6 +40,7 @@ def examine(environment: Environment) -> list[Finding]:
     """Everything strategies depend on, as `environment` has it."""
     cuda = environment.device_type == "cuda"
     no_gpu = "" if cuda else "a machine with an NVIDIA GPU and a CUDA build of torch; CPU runs everything, slowly"
+    no_peers = no_gpu or "GPUs joined by NVLink on one host; `nvidia-smi topo -m` shows how these are connected"
     links = {None: "unknown (pip install nvidia-ml-py to ask)", 0: "none"}.get(
         environment.nvlinks, f"{environment.nvlinks} links"
     )
@@ -51,9 +52,9 @@ def examine(environment: Environment) -> list[Finding]:
             "peer access",
             environment.peer_access,
             "every pair" if environment.peer_access else "not every pair",
-            no_gpu,
+            no_peers,
         ),
-        Finding("NVLink", bool(environment.nvlinks), links if cuda else "none", no_gpu),
+        Finding("NVLink", bool(environment.nvlinks), links if cuda else "none", no_peers),
         Finding(
             "nccl", "nccl" in environment.backends, _having("nccl" in environment.backends), "a CUDA build of torch"
         ),

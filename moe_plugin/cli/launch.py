@@ -40,6 +40,9 @@ TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the Pyt
 IDLE_LIMIT = timedelta(days=365)
 """How long the other ranks wait for rank 0's next request: a server may be idle for any time."""
 
+STEP_LIMIT = timedelta(seconds=60)
+"""How long the ranks wait for each other within a request. Longer than the MoE layers wait, whose errors say more."""
+
 
 @contextlib.contextmanager
 def clear_errors(traceback: bool = False) -> Iterator[None]:
@@ -58,13 +61,17 @@ def clear_errors(traceback: bool = False) -> Iterator[None]:
 class Ranks:
     """This process among those that torchrun started; one of one without torchrun.
 
-    device: where the model goes. control: a gloo group for what is not tensors on the device, None for one rank.
+    device: where the model goes.
+    requests, steps: gloo groups for what is not tensors on the device, None for one rank. `requests` is where the other
+        ranks wait while rank 0 is idle; `steps`, whose waits end after `step_limit`, is for all within a request.
     """
 
     rank: int
     size: int
     device: torch.device
-    control: Any = None
+    requests: Any = None
+    steps: Any = None
+    step_limit: timedelta = STEP_LIMIT
 
     @property
     def is_first(self) -> bool:
@@ -87,10 +94,11 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(place)
     try:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo", timeout=IDLE_LIMIT)
+        requests = dist.new_group(backend="gloo", timeout=IDLE_LIMIT)
+        steps = dist.new_group(backend="gloo", timeout=STEP_LIMIT)
     except (RuntimeError, ValueError) as problem:
         raise ConfigError(f"WORLD_SIZE is {size}, but the ranks cannot meet: {problem}") from problem
-    yield Ranks(dist.get_rank(), size, place, control)
+    yield Ranks(dist.get_rank(), size, place, requests, steps)
     # Not after an error: the others may be gone, and there is nothing left to wait for.
     dist.destroy_process_group()
 

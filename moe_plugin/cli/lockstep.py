@@ -5,7 +5,7 @@ starts from rank 0's random state. In each step the ranks take over rank 0's log
 to different tokens, and hear whether rank 0 wants to stop: a client left, or the server is shutting down.
 
 Calls end in a roll call. An error that all ranks met is the request's; one that some met leaves the ranks in different
-places and ends the server.
+places and ends the server, at the latest when the others have waited for the time limit of a step.
 
 On one rank all this shrinks to the order to stop, which a process has to give before it ends: a thread that is still
 computing would abort it.
@@ -76,7 +76,8 @@ class Lockstep:
         self.failure: MoEPluginError | None = None
         self.on_failure = on_failure
         self._tokenizer, self._ranks = tokenizer, ranks
-        self._control = Communicator(ranks.control, ranks.size, ranks.rank, IDLE_LIMIT.total_seconds())
+        self._requests = Communicator(ranks.requests, ranks.size, ranks.rank, IDLE_LIMIT.total_seconds())
+        self._steps = Communicator(ranks.steps, ranks.size, ranks.rank, ranks.step_limit.total_seconds())
         self._generate = model.generate
         self._closing = threading.Event()
         self._one_at_a_time = threading.Lock()
@@ -103,12 +104,8 @@ class Lockstep:
         Raises PeerLostError and RanksDivergedError.
         """
         while (call := self._exchange(None)) is not None:
-            try:
-                _set_random_state(call.random_state)
-                self._run(call, _SilentStreamer() if call.streams else None, lambda: None)
-            except FATAL:
-                raise
-            except Exception as problem:  # the roll call has shown that rank 0 met it too, and tells the client
+            _, problem = self._run(call, _SilentStreamer() if call.streams else None, lambda: None)
+            if problem is not None:  # rank 0 tells the client
                 logger.debug("a request failed on all ranks: %s", problem)
 
     def close(self) -> None:
@@ -129,34 +126,44 @@ class Lockstep:
             return None if guarded is None else guarded.problem
 
         self._exchange(call)
-        result = self._run(call, guarded, wants_to_stop)
+        result, problem = self._run(call, guarded, wants_to_stop)
+        if problem is not None:
+            raise problem
         if guarded is not None and guarded.problem is not None:
             raise guarded.problem
         return result
 
     def _run(
         self, call: GenerateCall, streamer: BaseStreamer | None, wants_to_stop: Callable[[], Exception | None]
-    ) -> Any:
-        arguments = _to(call.arguments, self._ranks.device)
-        if call.takes_tokenizer:
-            arguments["tokenizer"] = self._tokenizer
-        logits = LogitsOfRankZero(self._control, wants_to_stop)
+    ) -> tuple[Any, Exception | None]:
+        """The result, or the error that all ranks met. Raises PeerLostError and RanksDivergedError."""
+        logits = LogitsOfRankZero(self._steps, wants_to_stop)
         result, problem = None, None
         try:
+            _set_random_state(call.random_state)
+            arguments = _to(call.arguments, self._ranks.device)
+            if call.takes_tokenizer:
+                arguments["tokenizer"] = self._tokenizer
             result = self._generate(**arguments, streamer=streamer, logits_processor=LogitsProcessorList([logits]))
         except FATAL:
             raise
         except Exception as found:  # whatever it is, the ranks have to agree on it first
             problem = found
         self._roll_call(problem)
-        if problem is not None:
-            raise problem
-        return result
+        return result, problem
 
     def _roll_call(self, problem: Exception | None) -> None:
-        """Raises RanksDivergedError when the call succeeded on some ranks only; errors may differ in their words."""
+        """Raises RanksDivergedError when the call succeeded on some ranks only; errors may differ in their words.
+
+        Ranks that are still at a step do not come, which ends in the same way or in a PeerLostError.
+        """
         end = None if problem is None else f"{type(problem).__name__}: {problem}"
-        ends = self._control.gather_objects(end, "roll call")
+        try:
+            ends = _meet(lambda: self._steps.gather_objects(end, "roll call"))
+        except FATAL as absence:
+            if end is None:
+                raise
+            raise RanksDivergedError(f"rank {self._ranks.rank} failed ({end}), then: {absence}") from problem
         if None in ends and any(ends):
             by_rank = "; ".join(f"rank {rank}: {end or 'success'}" for rank, end in enumerate(ends))
             raise RanksDivergedError(f"the ranks ended a request differently ({by_rank})") from problem
@@ -166,7 +173,8 @@ class Lockstep:
         if self._ranks.size == 1:
             return call
         slot = [call]
-        self._control.guard("request", lambda: dist.broadcast_object_list(slot, src=0, group=self._control.group))
+        group = self._requests.group
+        _meet(lambda: self._requests.guard("request", lambda: dist.broadcast_object_list(slot, src=0, group=group)))
         return slot[0]
 
 
@@ -176,29 +184,29 @@ class LogitsOfRankZero(LogitsProcessor):
     wants_to_stop: what ends the generation on rank 0, None to go on.
     """
 
-    def __init__(self, control: Communicator, wants_to_stop: Callable[[], Exception | None]) -> None:
-        self._control = control
+    def __init__(self, steps: Communicator, wants_to_stop: Callable[[], Exception | None]) -> None:
+        self._steps = steps
         self._wants_to_stop = wants_to_stop
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         stop = self._wants_to_stop()
-        if self._control.size == 1:
+        if self._steps.size == 1:
             if stop is not None:
                 raise stop
             return scores
         last_tokens = input_ids[:, -1].cpu()
         announced = torch.cat((torch.tensor([stop is not None]), last_tokens))
-        self._broadcast(announced, self._control.group)
+        self._broadcast(announced, self._steps.group)
         if announced[0]:
             raise stop or GenerationStopped("rank 0 stopped")
         if not torch.equal(announced[1:], last_tokens):
-            raise RanksDivergedError(f"rank {self._control.rank} chose other tokens than rank 0")
+            raise RanksDivergedError(f"rank {self._steps.rank} chose other tokens than rank 0")
         shared = scores.contiguous()
         self._broadcast(shared, dist.group.WORLD)
         return cast(torch.FloatTensor, shared)
 
     def _broadcast(self, tensor: torch.Tensor, group: Any) -> None:
-        self._control.guard("generation step", lambda: dist.broadcast(tensor, src=0, group=group))
+        _meet(lambda: self._steps.guard("generation step", lambda: dist.broadcast(tensor, src=0, group=group)))
 
 
 class _GuardedStreamer(BaseStreamer):
@@ -230,6 +238,16 @@ class _SilentStreamer(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def _meet(collective: Callable[[], Any]) -> Any:
+    """Run a guarded collective of the lockstep; whatever goes wrong in it is fatal."""
+    try:
+        return collective()
+    except FATAL:
+        raise
+    except RuntimeError as problem:  # a rank whose time is over closes its connections, which the others see first
+        raise RanksDivergedError(f"the ranks did not meet: {problem}") from problem
 
 
 def _to(arguments: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            # With SO_REUSEADDR, only listening keeps others from the port; uvicorn may call it again.
+            listener.listen()
         except OSError as problem:
             raise ConfigError(f"cannot listen on {host}:{port}: {problem.strerror}") from problem
         yield listener
@@ -156,6 +158,8 @@ def _build_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     async def refuse(_request: Request, problem: Exception) -> JSONResponse:
         if isinstance(problem, MoEPluginError):
             raise problem
+        # The same errors come from mistakes of the server, which only the traceback tells apart.
+        logger.error("a request was refused", exc_info=problem)
         message = f"{type(problem).__name__}: {problem}"
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from moe_plugin.activation import gated_activation_of
-from moe_plugin.config import MoEConfig
+from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.kernels.row_sum import row_sum
 from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
@@ -44,7 +44,7 @@ class TorchNative(Experts):
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
         why_host_sync = _why_host_sync(config, environment.sm)
         return Verdict.of(
-            gate_dtype(config, torch.bfloat16, torch.float16, torch.float32),
+            gate_dtype(config, *SUPPORTED_DTYPES),
             gate_quantization(config),
             Gate("torch", environment.torch_at_least(2, 8), environment.torch_version, "torch 2.8 or newer"),
             gate_cuda_graph(config, why_host_sync is None, f"the host reads the expert counts, since {why_host_sync}"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_plugin.config import MoEConfig
+from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.kernels.tiling import BlockConfig, block_config, cdiv, counting_sort_shapes, shared_memory_bytes
 from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
@@ -46,7 +46,7 @@ class TritonFusedMoE(Experts):
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
         return Verdict.of(
-            gate_dtype(config, torch.bfloat16, torch.float16, torch.float32),
+            gate_dtype(config, *SUPPORTED_DTYPES),
             gate_quantization(config),
             gate_package(environment, "triton", "pip install triton"),
             gate_sm(environment, 80) if environment.device_type == "cuda" else _gate_interpreter(environment),
@@ -74,7 +74,7 @@ class TritonFusedMoE(Experts):
         assert local_ids is not None
         num_rows, top_k = local_ids.shape
         specs = standard_buffers(self.config, num_rows, top_k)
-        buffers = {name: workspace.tensor(f"experts.{name}", *spec) for name, spec in specs.items()}
+        buffers = {name: workspace.tensor(name, *spec) for name, spec in specs.items()}
         output = buffers["output"]
         if self.config.num_local_experts == 0 or num_rows == 0:
             return output.zero_()
@@ -95,8 +95,8 @@ class TritonFusedMoE(Experts):
         num_experts, max_tokens, hidden_size = activations.shape
         inner = self.config.local_intermediate_size
         dtype = self.config.dtype
-        intermediate = workspace.tensor("experts.intermediate", (num_experts, max_tokens, inner), dtype)
-        output = workspace.tensor("experts.output", (num_experts, max_tokens, hidden_size), dtype)
+        intermediate = workspace.tensor("intermediate", (num_experts, max_tokens, inner), dtype)
+        output = workspace.tensor("output", (num_experts, max_tokens, hidden_size), dtype)
         block = block_of(self.config, max_tokens, self._shared_memory)
         self._gemms(activations, intermediate, None, output, BatchedRows(expert_num_tokens, max_tokens), block)
         return output
@@ -130,7 +130,9 @@ class TritonFusedMoE(Experts):
 def _gate_interpreter(environment: Environment) -> Gate:
     seen = "interpreter on" if environment.triton_interpret else "CPU, interpreter off"
     needs = "a CUDA device, or Triton's interpreter"
-    return Gate("device", environment.triton_interpret, seen, needs, "set TRITON_INTERPRET=1 before triton is imported")
+    return Gate(
+        "device", environment.triton_interpret, seen, needs, "set TRITON_INTERPRET=1 before moe_plugin is imported"
+    )
 
 
 def block_of(config: MoEConfig, num_rows: int, shared_memory: int) -> BlockConfig:

@@ -166,7 +166,7 @@ class ExpertsRunner:
         output: torch.Tensor,
     ) -> None:
         if self._ranks.size == 1:
-            layer(hidden_states, topk_ids, topk_weights, out=output)
+            layer(hidden_states, topk_ids, topk_weights, max_num_tokens=hidden_states.shape[0], out=output)
             return
         num_tokens, hidden_size = hidden_states.shape
         # Every rank has the same tokens here, so all agree on the slices, some of which may be empty.

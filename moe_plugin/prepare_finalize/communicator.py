@@ -6,6 +6,7 @@ A group of one rank needs no process group: its collectives are copies.
 from __future__ import annotations
 
 import functools
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -109,18 +110,32 @@ class Communicator:
         """Every rank's object, in rank order. Slow; for building layers and for reporting errors."""
         if self.size == 1:
             return [mine]
-        objects: list[Any] = [None] * self.size
-        self.guard(phase, lambda: dist.all_gather_object(objects, mine, group=self.group))
-        return objects
+        if self.is_nccl:
+            objects: list[Any] = [None] * self.size
+            self.guard(phase, lambda: dist.all_gather_object(objects, mine, group=self.group))
+            return objects
+        # gloo's all_gather_object would wait for the group's own limit, half an hour by default.
+        payload = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        sizes = torch.empty(self.size, 1, dtype=torch.int64)
+        self.all_gather(sizes, torch.tensor([payload.numel()]), phase).wait()
+        rows = torch.zeros(self.size, int(sizes.max()), dtype=torch.uint8)
+        self.all_gather(rows, torch.nn.functional.pad(payload, (0, rows.shape[1] - payload.numel())), phase).wait()
+        return [
+            pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.flatten().tolist(), strict=True)
+        ]
 
     def read_host(self, pinned: torch.Tensor, event: torch.cuda.Event | None, phase: str) -> list[Any]:
         """The values of `pinned` once `event` has passed; PeerLostError when it does not within the time limit."""
         if event is not None:
-            deadline = time.monotonic() + self.timeout_seconds
-            while not event.query():
-                if time.monotonic() > deadline:
-                    raise PeerLostError(phase, self.missing_ranks(), self.timeout_seconds)
+            self.wait_for_event(event, phase)
         return pinned.tolist()
+
+    def wait_for_event(self, event: torch.cuda.Event, phase: str) -> None:
+        """Return once `event` has passed; PeerLostError when it does not within the time limit."""
+        deadline = time.monotonic() + self.timeout_seconds
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise PeerLostError(phase, self.missing_ranks(), self.timeout_seconds)
 
     def wait_for(self, work: Any) -> None:
         if self.is_nccl:
@@ -132,6 +147,8 @@ class Communicator:
         """Run part of a collective; what torch.distributed raises becomes a PeerLostError."""
         try:
             return run()
+        except (torch.OutOfMemoryError, NotImplementedError):
+            raise  # this rank's own trouble
         except RuntimeError as problem:
             detail, missing = str(problem).splitlines()[0], self.missing_ranks()
             if missing == [] and "time" not in detail.lower():
@@ -140,6 +157,8 @@ class Communicator:
 
     def missing_ranks(self) -> list[int] | None:
         """Global ranks of this group that do not answer a roll call in the store; None if the store is gone too."""
+        if self.group is None:
+            return None
         members = dist.get_process_group_ranks(self.group)
         # Of the group, not of this object: answers to an earlier roll call must not count as answers to this one.
         call = _roll_calls[self.group.group_name] = _roll_calls[self.group.group_name] + 1

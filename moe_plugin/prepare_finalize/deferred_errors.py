@@ -8,6 +8,7 @@ import torch
 
 from moe_plugin.config import MoEConfig
 from moe_plugin.errors import CapacityError, ExpertIdError, InputError
+from moe_plugin.prepare_finalize.communicator import Communicator
 
 
 class ErrorFlag(enum.IntFlag):
@@ -24,16 +25,19 @@ class ErrorFlag(enum.IntFlag):
 class DeferredErrors:
     """Sticky error words on the device and their pinned mirrors on the host: one for eager calls, one for captured.
 
-    `record` may be captured in a CUDA graph. `raise_pending` is a host point: it waits for the last eager call, which
-    in a layer stack was a whole forward pass ago. What replays flagged is raised at a synchronizing check only:
-    looked at without one, some ranks of a group could already see a flag that others do not.
+    `record` may be captured in a CUDA graph. `raise_pending` is a host point. Where peers must raise together it waits
+    for the last eager call, which in a layer stack was a whole forward pass ago; looked at earlier, some ranks could
+    see a flag that others do not see yet. For the same reason what replays flagged is raised at `synchronize` only.
+
+    group: whose ranks raise together, with the time limit on waits; None where a rank raises on its own.
     """
 
     EAGER, CAPTURED = 0, 1
 
-    def __init__(self, config: MoEConfig, device: torch.device) -> None:
+    def __init__(self, config: MoEConfig, device: torch.device, group: Communicator | None = None) -> None:
         self._config = config
         self._device = device
+        self._group = group
         self._words = torch.zeros(2, dtype=torch.int32, device=device)
         self._mirrors = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
@@ -52,14 +56,17 @@ class DeferredErrors:
             self._recorded = True
 
     def raise_pending(self, synchronize: bool = False) -> None:
-        """Raise what eager calls flagged and clear it; with `synchronize`, also what replayed graphs flagged."""
+        """Raise what eager calls flagged and clear it.
+
+        synchronize: wait for the current stream, and look also at what graphs replayed on it flagged.
+        """
         if self._event is not None:
             if torch.cuda.is_current_stream_capturing():
                 return
             if synchronize:
-                torch.cuda.synchronize(self._device)
-            elif self._recorded:
-                self._event.synchronize()
+                self._wait_for(torch.cuda.current_stream(self._device).record_event())
+            elif self._recorded and self._group is not None:
+                self._wait_for(self._event)
         seen = self._mirrors if synchronize else self._mirrors[: self.CAPTURED]
         flags = ErrorFlag(0)
         for word in seen.tolist():
@@ -69,6 +76,12 @@ class DeferredErrors:
         self._words[: len(seen)].zero_()
         seen.zero_()
         raise_for_flags(flags, self._config)
+
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        if self._group is None:
+            event.synchronize()
+        else:
+            self._group.wait_for_event(event, "error flags")
 
 
 def raise_for_flags(flags: ErrorFlag, config: MoEConfig) -> None:

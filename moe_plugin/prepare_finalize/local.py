@@ -5,8 +5,6 @@ With tensor parallelism each rank computes its slice of the intermediate size, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
@@ -17,11 +15,6 @@ from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors
 from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
 from moe_plugin.verdict import Gate, Verdict, gate_dtype
 from moe_plugin.workspace import WorkspaceArena
-
-
-@dataclass(slots=True)
-class LocalHandle(DispatchHandle):
-    """Nothing beyond the base: rows never move."""
 
 
 class Local(PrepareAndFinalize):
@@ -35,7 +28,7 @@ class Local(PrepareAndFinalize):
         parallel = config.parallel
         self._tp = Communicator(parallel.tp_group, parallel.tp_size, parallel.tp_rank, parallel.timeout_seconds)
         self._lookup = PlacementLookup(config, arena.device)
-        self._errors = DeferredErrors(config, arena.device)
+        self._errors = DeferredErrors(config, arena.device, self._tp if parallel.tp_size > 1 else None)
 
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
@@ -56,7 +49,7 @@ class Local(PrepareAndFinalize):
         destinations = self._lookup(topk_ids)
         self._errors.record(destinations.flags)
         activations, weights, stage = weigh_input(self.config, hidden_states, topk_weights)
-        handle = LocalHandle(self, hidden_states.shape[0], self.arena.lease())
+        handle = DispatchHandle(self, hidden_states.shape[0], self.arena.lease())
         return Dispatched(
             activations=activations if activations.stride(1) == 1 else activations.contiguous(),
             activation_format=self.activation_format,
@@ -71,11 +64,11 @@ class Local(PrepareAndFinalize):
     ) -> torch.Tensor:
         handle.consume(self)
         # Experts write into the workspace, which the next call reuses, so the result needs memory of its own.
-        result = torch.empty_like(expert_output) if out is None else out
-        result.copy_(expert_output)
-        self._tp.all_reduce(result, "combine").wait()
+        total = out if out is not None and out.is_contiguous() else torch.empty_like(expert_output)
+        total.copy_(expert_output)
+        self._tp.all_reduce(total, "combine").wait()
         handle.workspace.release()
-        return result
+        return total if out is None or out is total else out.copy_(total)
 
     def check_errors(self) -> None:
         self._errors.raise_pending(synchronize=True)

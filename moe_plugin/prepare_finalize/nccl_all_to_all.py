@@ -114,6 +114,7 @@ class NcclAllToAll(PrepareAndFinalize):
 
     name = "nccl_all_to_all"
     description = "one packed all-to-all each way over torch.distributed (NCCL, or gloo on CPU)"
+    has_capacity = True
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
         super().__init__(config, arena)
@@ -122,7 +123,7 @@ class NcclAllToAll(PrepareAndFinalize):
         self._tp = Communicator(parallel.tp_group, parallel.tp_size, parallel.tp_rank, parallel.timeout_seconds)
         self._layout = RowLayout(config.hidden_size, config.top_k, config.dtype)
         self._lookup = PlacementLookup(config, arena.device)
-        self._errors = DeferredErrors(config, arena.device)
+        self._errors = DeferredErrors(config, arena.device, self._ep)
         self._stream = communication_stream(arena.device)
 
     @classmethod

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_plugin.config import ParallelConfig
-from moe_plugin.errors import MoEPluginError, StrategyMismatchError, rebuild
+from moe_plugin.errors import StrategyMismatchError, rebuild
 from moe_plugin.prepare_finalize.communicator import Communicator
 
 Account = tuple[tuple[str, str] | None, dict[str, str]]
 """What one rank tells the others: its problem (class name, message) if any, and its fields."""
 
 
-def agree(parallel: ParallelConfig, fields: Mapping[str, str], problem: MoEPluginError | None) -> None:
+def agree(parallel: ParallelConfig, fields: Mapping[str, str], problem: Exception | None) -> None:
     """Meet all ranks of the layer. Every rank must call this, also one that already failed.
 
     Raises, on all ranks alike: the first rank's problem if any rank has one, else StrategyMismatchError when the

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 import moe_plugin.strategies.registry as registry
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
-from moe_plugin.errors import MemoryLimitError, MoEPluginError
+from moe_plugin.errors import DtypeError, MemoryLimitError
 from moe_plugin.modular_kernel import Experts, ExpertWeights, ModularKernel, MoELayer, MonolithicKernel
 from moe_plugin.strategies.agreement import agree
 from moe_plugin.strategies.names import AUTO
@@ -45,27 +47,46 @@ def build(
     Raises, on all ranks alike: StrategyError subclasses, ShapeError or DtypeError for weights that do not fit,
     MemoryLimitError when the workspace cannot fit the device.
     """
-    weights = ExpertWeights(w13=w13, w2=w2, w13_scale=w13_scale, w2_scale=w2_scale, w13_bias=w13_bias, w2_bias=w2_bias)
-    environment = environment or Environment.probe(w13.device.type)
-    report, problem = None, None
+    given = {"w13": w13, "w2": w2, "w13_bias": w13_bias, "w2_bias": w2_bias}
+    given |= {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    report, weights, layer = None, None, None
+    problem: Exception | None = None
     try:
-        weights.check(config)
+        weights = _checked_weights(config, given)
+        environment = environment or Environment.probe(w13.device.type)
         report = select(config, strategy, environment)
         _check_memory(config, report, environment)
-    except MoEPluginError as found:
+    except Exception as found:  # whatever it is, the other ranks must hear of it
         problem = found
-    fields = config.shared_fields() | {"strategy": str(dict(report.chosen)) if report else ""}
+    fields = config.shared_fields() | {"strategy": report.chosen_text() if report else ""}
     agree(config.parallel, fields, problem)
-    assert report is not None
-    if w2_bias is not None and config.parallel.tp_rank > 0:
-        # TP ranks add up their outputs, and the bias belongs into the sum once.
-        weights = replace(weights, w2_bias=torch.zeros_like(w2_bias))
+    assert report is not None and weights is not None
     # What a layer keeps is written by every call, in inference mode or not.
-    with torch.inference_mode(False):
-        layer = _assemble(config, report, weights, arena or WorkspaceArena.shared(w13.device))
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            layer = _assemble(config, report, weights, arena or WorkspaceArena.shared(w13.device))
+    except Exception as found:  # out of memory on one rank, say
+        problem = found
+    agree(config.parallel, {}, problem)
+    assert layer is not None
     layer.report = report
     logger.debug("built %s", report.line())
     return layer
+
+
+def _checked_weights(config: MoEConfig, given: Mapping[str, torch.Tensor | None]) -> ExpertWeights:
+    for name, tensor in given.items():
+        optional = name not in ("w13", "w2")
+        if not (isinstance(tensor, torch.Tensor) or (optional and tensor is None)):
+            raise DtypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    # A layer is for inference: parameters are taken without their gradients.
+    detached: dict[str, Any] = {name: None if tensor is None else tensor.detach() for name, tensor in given.items()}
+    weights = ExpertWeights(**detached)
+    weights.check(config)
+    if weights.w2_bias is not None and config.parallel.tp_rank > 0:
+        # TP ranks add up their outputs, and the bias belongs into the sum once.
+        weights = replace(weights, w2_bias=torch.zeros_like(weights.w2_bias))
+    return weights
 
 
 def _assemble(config: MoEConfig, report: SelectionReport, weights: ExpertWeights, arena: WorkspaceArena) -> MoELayer:
@@ -103,13 +124,16 @@ def _check_memory(config: MoEConfig, report: SelectionReport, environment: Envir
         entry = report.entry(phase)
         assert entry is not None
         if environment.memory_bytes and _needs(entry) > environment.memory_bytes:
-            largest = _largest_max_tokens(config, entry.strategy, environment)
+            largest = _largest_max_tokens(
+                phase_config(config, phase) if report.is_phased else config, entry, environment
+            )
+            fits = f"the largest that fits is max_tokens_per_rank={largest}" if largest else "not even one token fits"
             raise MemoryLimitError(
                 f"{entry.strategy} needs {_needs(entry) / 2**30:.1f} GiB of workspace for "
                 f"max_tokens_per_rank={config.max_tokens_per_rank}, "
                 f"the device has {environment.memory_bytes / 2**30:.1f} GiB; "
-                f"the largest that fits is max_tokens_per_rank={largest}",
-                largest,
+                f"{fits}",
+                largest or None,
             )
 
 
@@ -117,11 +141,12 @@ def _needs(entry: Entry) -> int:
     return entry.workspace_bytes + entry.extra_weight_bytes
 
 
-def _largest_max_tokens(config: MoEConfig, strategy: str, environment: Environment) -> int:
+def _largest_max_tokens(config: MoEConfig, entry: Entry, environment: Environment) -> int:
+    """The largest max_tokens_per_rank that fits; 0 if none does."""
     low, high = 0, config.max_tokens_per_rank
     while high - low > 1:
         middle = (low + high) // 2
         entries = survey(replace(config, max_tokens_per_rank=middle), environment)
-        needed = next(_needs(entry) for entry in entries if entry.strategy == strategy)
+        needed = next(_needs(candidate) for candidate in entries if candidate.strategy == entry.strategy)
         low, high = (middle, high) if needed <= environment.memory_bytes else (low, middle)
     return low

@@ -28,15 +28,15 @@ ALIASES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A parsed `--moe_strategy`: one name per phase, the same one twice unless phases were given."""
+    """A parsed `--moe_strategy`: one name per phase, the same one twice unless phases were given.
+
+    is_phased: phases were given, so that each runs under its own configuration even if their names are equal.
+    """
 
     text: str
     decode: str
     prefill: str
-
-    @property
-    def is_phased(self) -> bool:
-        return self.decode != self.prefill
+    is_phased: bool = False
 
 
 def parse_request(text: str, known: Collection[str]) -> Request:
@@ -56,7 +56,7 @@ def parse_request(text: str, known: Collection[str]) -> Request:
             raise UnknownStrategyError(text, "decode=<strategy>,prefill=<strategy>", sorted(known))
         named[phase] = _resolve(name.strip(), known)
     # A phase that is not named is chosen automatically.
-    return Request(text, named.get("decode", AUTO), named.get("prefill", AUTO))
+    return Request(text, named.get("decode", AUTO), named.get("prefill", AUTO), is_phased=True)
 
 
 def _resolve(name: str, known: Collection[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 
 from moe_plugin.errors import RegistrationError
 from moe_plugin.modular_kernel import Experts, Monolithic, PrepareAndFinalize, StrategyPart
+from moe_plugin.strategies.names import ALIASES, AUTO, PHASES
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Registry(Generic[Part]):
         name = getattr(cls, "name", None)
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise RegistrationError(f"{cls.__name__}.name must be lower_snake_case, got {name!r}")
+        if name in (AUTO, *PHASES, *ALIASES):
+            raise RegistrationError(f"the name {name!r} has a meaning of its own in --moe_strategy")
         if self._classes.get(name, cls) is not cls:
             raise RegistrationError(f"the name {name!r} is taken by {self._classes[name].__name__}")
         if getattr(cls, "__abstractmethods__", None):

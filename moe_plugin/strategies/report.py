@@ -90,8 +90,8 @@ class Entry:
 class SelectionReport:
     """Why a strategy was chosen, or why none was.
 
-    requested: the `--moe_strategy` text. chosen: strategy per phase ("decode", "prefill"), equal unless phased; None
-    where nothing could be chosen. entries: per phase, in ranking order.
+    requested: the `--moe_strategy` text. chosen: strategy per phase ("decode", "prefill"); None where nothing could be
+    chosen. entries: per phase, in ranking order. is_phased: each phase has a layer and a configuration of its own.
     """
 
     requested: str
@@ -99,14 +99,17 @@ class SelectionReport:
     environment: str
     chosen: Mapping[str, str | None]
     entries: Mapping[str, tuple[Entry, ...]]
-
-    @property
-    def is_phased(self) -> bool:
-        return len(set(self.chosen.values())) > 1
+    is_phased: bool
 
     def entry(self, phase: str) -> Entry | None:
         """The chosen entry of a phase."""
         return next((e for e in self.entries[phase] if e.strategy == self.chosen[phase]), None)
+
+    def chosen_text(self) -> str:
+        """The choice as a `--moe_strategy` value."""
+        if self.is_phased:
+            return ",".join(f"{phase}={strategy}" for phase, strategy in self.chosen.items())
+        return str(next(iter(self.chosen.values())))
 
     def line(self) -> str:
         """The choice and its reason in one line."""
@@ -180,9 +183,14 @@ def describe_layer(config: MoEConfig) -> str:
     """A MoEConfig in one line."""
     quantization = "" if config.quantization is None else f" {config.quantization.name}"
     parallel = config.parallel
+    layout = [f"EP {parallel.ep_size} x TP {parallel.tp_size}"]
+    if parallel.dp_size > 1:
+        layout.append(f"DP {parallel.dp_size}")
+    if parallel.num_nodes > 1:
+        layout.append(f"{parallel.num_nodes} nodes")
     return (
         f"{config.num_experts} experts, top-{config.top_k}, "
         f"hidden {config.hidden_size}, intermediate {config.intermediate_size}, "
-        f"{dtype_name(config.dtype)}{quantization}, EP {parallel.ep_size} x TP {parallel.tp_size}, "
+        f"{dtype_name(config.dtype)}{quantization}, {', '.join(layout)}, "
         f"at most {config.max_tokens_per_rank} tokens per rank, cuda_graph={config.cuda_graph}"
     )

@@ -7,12 +7,13 @@ from dataclasses import replace
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import NoStrategyError, StrategyUnsupportedError
-from moe_plugin.modular_kernel import Experts, PrepareAndFinalize
+from moe_plugin.modular_kernel import Experts, PrepareAndFinalize, StrategyPart
 from moe_plugin.strategies.gates import pair_verdict
 from moe_plugin.strategies.names import AUTO, PHASES, Request, parse_request
 from moe_plugin.strategies.ranking import RANKING, UNRANKED, RankedStrategy
 from moe_plugin.strategies.registry import experts_classes, monolithic_classes, prepare_finalize_classes
 from moe_plugin.strategies.report import Entry, SelectionReport, describe_layer
+from moe_plugin.verdict import Gate, Verdict
 
 
 def strategy_names() -> list[str]:
@@ -43,11 +44,18 @@ def explain(config: MoEConfig, strategy: str = AUTO, environment: Environment | 
     request = parse_strategy(strategy)
     if request.is_phased or (request.decode == AUTO and config.cuda_graph):
         phased = {phase: survey(phase_config(config, phase), environment) for phase in PHASES}
-        report = _report(request, config, environment, phased)
-        if report.is_phased:
+        report = _report(request, config, environment, phased, is_phased=True)
+        if request.is_phased or _differ(report):
             return report
-    # One strategy for both phases: asked for, or `auto` prefers the same for a captured decode and an eager prefill.
-    return _report(request, config, environment, dict.fromkeys(PHASES, survey(config, environment)))
+    return _report(request, config, environment, dict.fromkeys(PHASES, survey(config, environment)), is_phased=False)
+
+
+def _differ(report: SelectionReport) -> bool:
+    """Whether a captured decode and an eager prefill want two layers: other classes, or the same in other modes."""
+    decode, prefill = report.entry("decode"), report.entry("prefill")
+    if decode is None or prefill is None:
+        return decode is not prefill
+    return (decode.strategy, decode.host_syncs) != (prefill.strategy, prefill.host_syncs)
 
 
 def select(config: MoEConfig, strategy: str = AUTO, environment: Environment | None = None) -> SelectionReport:
@@ -83,14 +91,16 @@ def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment
     extra = 0
     monolithic = monolithic_classes.all().get(name)
     if monolithic is not None:
-        verdict, memory = monolithic.supports(config, environment).asked_by(name), monolithic.memory(config)
+        verdict, memory = _verdict_of(monolithic, config, environment), monolithic.memory(config)
         host_syncs = monolithic.host_syncs(config, environment)
     else:
         prepare_finalize, experts = pair_classes(name)
         verdict = pair_verdict(config, prepare_finalize, experts)
         for part in (prepare_finalize, experts):
-            verdict += part.supports(config, environment).asked_by(part.name)
-        memory = {**prepare_finalize.memory(config), **experts.memory(config)}
+            verdict += _verdict_of(part, config, environment)
+        memory = {
+            f"{part.name}: {k}": size for part in (prepare_finalize, experts) for k, size in part.memory(config).items()
+        }
         extra = experts.extra_weight_bytes(config)
         host_syncs = prepare_finalize.host_syncs(config, environment) + experts.host_syncs(config, environment)
     return Entry(
@@ -106,6 +116,15 @@ def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment
     )
 
 
+def _verdict_of(part: type[StrategyPart], config: MoEConfig, environment: Environment) -> Verdict:
+    try:
+        return part.supports(config, environment).asked_by(part.name)
+    except Exception as problem:  # one broken class must not keep the others from being chosen
+        return Verdict.of(Gate("supports", False, repr(problem), "an answer instead of an exception")).asked_by(
+            part.name
+        )
+
+
 def pair_classes(name: str) -> tuple[type[PrepareAndFinalize], type[Experts]]:
     """The PrepareAndFinalize and Experts classes of a pair."""
     prepare_finalize, _, experts = name.partition("+")
@@ -113,11 +132,15 @@ def pair_classes(name: str) -> tuple[type[PrepareAndFinalize], type[Experts]]:
 
 
 def _report(
-    request: Request, config: MoEConfig, environment: Environment, entries: dict[str, tuple[Entry, ...]]
+    request: Request,
+    config: MoEConfig,
+    environment: Environment,
+    entries: dict[str, tuple[Entry, ...]],
+    is_phased: bool,
 ) -> SelectionReport:
     wanted = {"decode": request.decode, "prefill": request.prefill}
     chosen = {phase: _choose(wanted[phase], entries[phase]) for phase in PHASES}
-    return SelectionReport(request.text, describe_layer(config), environment.describe(), chosen, entries)
+    return SelectionReport(request.text, describe_layer(config), environment.describe(), chosen, entries, is_phased)
 
 
 def _choose(wanted: str, entries: tuple[Entry, ...]) -> str | None:

@@ -23,7 +23,7 @@ from moe_plugin.errors import (
     StrategyUnsupportedError,
     TooManyTokensError,
 )
-from moe_plugin.modular_kernel import ModularKernel, MoELayer
+from moe_plugin.modular_kernel import ModularKernel, MoELayer, MonolithicKernel, StrategyPart
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.testing.cases import Case, Inputs, tokens_of_rank
 from moe_plugin.testing.poison import poisoned_empty
@@ -84,6 +84,14 @@ def modular(layer: MoELayer) -> ModularKernel:
     if not isinstance(layer, ModularKernel):
         raise Refused("a monolithic strategy has no halves to call")
     return layer
+
+
+def parts(layer: MoELayer) -> list[StrategyPart]:
+    """The classes a layer runs."""
+    if isinstance(layer, ModularKernel):
+        return [layer.prepare_finalize, layer.experts]
+    assert isinstance(layer, MonolithicKernel)
+    return [layer.monolithic]
 
 
 def _top_k_check(top_k: int) -> None:
@@ -300,8 +308,7 @@ def activations_and_biases(context: RankContext, strategy: str, dtype: torch.dty
 def repeatable(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
     case = Case(context, strategy, dtype)
     inputs = case.inputs(11)
-    layer = modular(case.layer)
-    if not (layer.prepare_finalize.deterministic and layer.experts.deterministic):
+    if not all(part.deterministic for part in parts(case.layer)):
         raise Refused("not declared deterministic")
     first = check_call(case, inputs)
     for _ in range(3):
@@ -405,9 +412,9 @@ def fixed_capacity(context: RankContext, strategy: str, dtype: torch.dtype) -> N
 
 @check
 def capacity_overflow_raises(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
-    if strategy.startswith("local+"):
-        raise Refused("nothing is dispatched, so there is no capacity")
     case = Case(context, strategy, dtype, {"cuda_graph": True, "dispatch_capacity": 3, "max_tokens_per_rank": 16})
+    if not modular(case.layer).prepare_finalize.has_capacity:
+        raise Refused("its exchange has no fixed capacity")
     check_call(case, case.inputs(3))
     inputs = case.inputs(8 if context.rank == 0 else 1)
     crowded = inputs.with_ids(torch.zeros_like(inputs.topk_ids))

@@ -18,7 +18,8 @@ pytest.importorskip("transformers")
 
 from moe_plugin.cli import app
 from moe_plugin.cli.launch import embedded_model
-from moe_plugin.errors import UnknownStrategyError
+from moe_plugin.cli.serve import _listener
+from moe_plugin.errors import ConfigError, UnknownStrategyError
 from tests.integrations.models import build_model
 
 FOLDER = embedded_model()
@@ -93,6 +94,13 @@ def test_port_in_use() -> None:
         port = taken.getsockname()[1]
         result = run("serve", "--port", str(port))
     assert_one_clear_line(result, f"cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_port_is_taken_while_the_model_loads() -> None:
+    with _listener("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match="Address already in use"), _listener("127.0.0.1", port):
+            pass
 
 
 def test_unresolvable_host() -> None:

@@ -139,6 +139,14 @@ def test_malformed_request(server: Server, client: OpenAI, case: str) -> None:
     assert complete(client, max_tokens=1)
 
 
+def test_refused_request_is_logged_with_its_traceback(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={}, timeout=30)
+    assert answer.status_code == 400
+    log = server.log_text()
+    assert "a request was refused" in log
+    assert "KeyError: 'messages'" in log
+
+
 def test_error_in_a_stream_leaves_the_server_usable(client: OpenAI) -> None:
     with pytest.raises(APIError, match="streaming"):
         stream(client, extra_body={"stop": 7})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from moe_plugin.integrations.transformers import (
     register,
     selection_report,
 )
+from moe_plugin.modular_kernel import MoELayer
 
 from .models import KINDS, build_model, eager_logits, logits
 from .ranks import run_on_ranks
@@ -52,6 +55,32 @@ def test_prompt_longer_than_the_context() -> None:
     expected = eager_logits(model, num_tokens=200)
     activate(model)
     torch.testing.assert_close(logits(model, num_tokens=200), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("num_tokens", "phase"), [(1, "decode"), (150, "prefill")])
+def test_each_phase_runs_its_layer(num_tokens: int, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("qwen3_moe")
+    expected = eager_logits(model, num_tokens)
+    strategy = "decode=local+torch_native,prefill=nccl_all_to_all+torch_native"
+    activate(model, strategy, max_tokens_per_rank=512)
+    logits(model, num_tokens)
+    ran: list[str] = []
+
+    def forward_of(name: str, layer: MoELayer) -> Callable[..., torch.Tensor]:
+        forward = layer.forward
+
+        def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+            ran.append(name)
+            return forward(*arguments, **options)
+
+        return noted
+
+    for _, module in experts_modules(model):
+        for name in ("decode", "prefill"):
+            layer = getattr(module._moe_plugin.layer, name)
+            monkeypatch.setattr(layer, "forward", forward_of(name, layer))
+    torch.testing.assert_close(logits(model, num_tokens), expected, **TOLERANCE)
+    assert set(ran) == {phase}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -80,8 +80,9 @@ def test_placements_that_differ() -> None:
 
 @pytest.mark.slow
 def test_choices_that_differ() -> None:
-    decode_only = "decode=nccl_all_to_all+torch_native,prefill=nccl_all_to_all+torch_native"
-    assert [kind for kind, *_ in build_on_ranks({}, {"strategy": decode_only})] == ["", ""]
+    both_phases = "decode=nccl_all_to_all+torch_native,prefill=nccl_all_to_all+torch_native"
+    assert [kind for kind, *_ in build_on_ranks({"strategy": both_phases}, {"strategy": both_phases})] == ["", ""]
+    assert [kind for kind, *_ in build_on_ranks({}, {"strategy": both_phases})] == ["StrategyMismatchError"] * 2
     answers = build_on_ranks({}, {"strategy": "nccl", "environment": {"triton_interpret": True}})
     assert [kind for kind, *_ in answers] == ["StrategyMismatchError"] * 2
     for _, message, fields in answers:
@@ -102,7 +103,7 @@ def test_choices_that_differ() -> None:
             "torch.distributed backend: needs gloo, saw none",
         ),
         ({"strategy": "auto", "environment": {"backends": ()}}, "NoStrategyError", "no strategy can run this layer"),
-        ({"environment": {"memory_bytes": 1}}, "MemoryLimitError", "the largest that fits"),
+        ({"environment": {"memory_bytes": 1}}, "MemoryLimitError", "not even one token fits"),
     ],
 )
 def test_the_problem_of_one_rank_is_raised_on_all(guilty: int, options: dict[str, Any], kind: str, words: str) -> None:

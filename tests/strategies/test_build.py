@@ -18,11 +18,15 @@ from moe_plugin.errors import (
     ShapeError,
     StrategyUnsupportedError,
     UnknownStrategyError,
+    rebuild,
 )
+from moe_plugin.experts.torch_native import TorchNative
 from moe_plugin.modular_kernel import ExpertWeights, MoELayer, MonolithicKernel
 from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.strategies.registry import experts_classes
 from moe_plugin.strategies.selector import explain
 from moe_plugin.testing.cases import Inputs, Weights
+from moe_plugin.verdict import Verdict
 from moe_plugin.workspace import WorkspaceArena
 from tests.matrix.third_party import register
 from tests.strategies.machines import CPU, layer_config
@@ -156,7 +160,8 @@ def test_too_large_a_workspace_names_the_largest_that_fits(strategy: str) -> Non
 def test_no_room_for_a_single_token() -> None:
     with pytest.raises(MemoryLimitError) as caught:
         build(layer_config(), "torch", CPU.pretend(memory_bytes=1))
-    assert caught.value.largest_fit == 0
+    assert caught.value.largest_fit is None
+    assert "not even one token fits" in str(caught.value)
 
 
 def test_a_machine_that_does_not_know_its_memory_sets_no_limit() -> None:
@@ -170,3 +175,39 @@ def test_the_memory_of_each_phase_is_checked() -> None:
     assert prefill is not None
     with pytest.raises(MemoryLimitError, match="nccl_all_to_all"):
         build(config, strategy, CPU.pretend(memory_bytes=prefill.workspace_bytes - 1))
+
+
+def test_parameters_are_taken_without_their_gradients() -> None:
+    config = layer_config(dtype=torch.float32)
+    weights = {
+        name: None if tensor is None else torch.nn.Parameter(tensor)
+        for name, tensor in Weights.random(config, torch.device("cpu")).of_rank(config).items()
+    }
+    layer = moe_plugin.build(config, **weights, strategy="torch", environment=CPU)
+    out = layer(*Inputs.random(config, 3, torch.device("cpu"), seed=0).as_tuple())
+    assert not out.requires_grad
+
+
+def test_one_broken_class_does_not_keep_others_from_being_chosen() -> None:
+    class Broken(TorchNative):
+        name = "broken"
+
+        @classmethod
+        def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
+            raise ZeroDivisionError("in a gate")
+
+    moe_plugin.register_experts(Broken)
+    try:
+        report = moe_plugin.explain(layer_config(), environment=CPU)
+        assert report.chosen["prefill"] == "local+torch_native"
+        (entry,) = (e for e in report.entries["prefill"] if e.strategy == "local+broken")
+        assert not entry.runs
+        assert "ZeroDivisionError('in a gate')" in entry.why()
+    finally:
+        experts_classes.unregister("broken")
+
+
+def test_an_error_of_another_package_comes_back_from_another_rank() -> None:
+    problem = rebuild("TheirError", "rank 1: it broke")
+    assert type(problem) is moe_plugin.MoEPluginError
+    assert str(problem) == "rank 1: it broke (TheirError)"

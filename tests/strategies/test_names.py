@@ -53,8 +53,9 @@ def test_phases(text: str, decode: str, prefill: str) -> None:
     assert request.is_phased
 
 
-def test_the_same_name_for_both_phases_is_no_phases() -> None:
-    assert not parse_request("decode=local+loop,prefill=local+loop", KNOWN).is_phased
+def test_the_same_name_for_both_phases_still_means_two_phases() -> None:
+    assert parse_request("decode=local+loop,prefill=local+loop", KNOWN).is_phased
+    assert not parse_request("local+loop", KNOWN).is_phased
 
 
 @pytest.mark.parametrize(

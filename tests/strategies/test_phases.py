@@ -134,9 +134,24 @@ def test_phases_with_one_experts_class_share_its_prepared_weights(monkeypatch: p
     assert layer.decode.experts.weights is layer.prefill.experts.weights
 
 
-def test_the_same_strategy_for_both_phases_is_one_layer() -> None:
+def test_the_same_strategy_for_both_phases_has_a_configuration_for_each() -> None:
     _, _, layer = build("decode=local+torch_native,prefill=auto")
-    assert isinstance(layer, ModularKernel)
+    assert isinstance(layer, PhasedLayer)
+    assert layer.decode.config.max_tokens_per_rank <= layer.decode.config.decode_max_tokens
+    assert layer.prefill.config.max_tokens_per_rank == layer.config.max_tokens_per_rank
+
+
+def test_auto_gives_the_same_classes_two_modes_where_a_captured_exchange_has_a_fixed_capacity() -> None:
+    config = layer_config(ep_size=8, cuda_graph=True, max_tokens_per_rank=4096)
+    report = select(config, "auto", gpu(90))
+    assert set(report.chosen.values()) == {"nccl_all_to_all+triton_fused_moe"}
+    assert report.is_phased
+    decode, prefill = report.entry("decode"), report.entry("prefill")
+    assert decode is not None
+    assert prefill is not None
+    assert (decode.host_syncs, prefill.host_syncs) == (0, 1)
+    assert decode.workspace_bytes < prefill.workspace_bytes
+    assert not select(layer_config(ep_size=8), "auto", gpu(90)).is_phased
 
 
 def test_auto_chooses_two_when_a_captured_decode_needs_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
