@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is built on first use and again when its inputs change.
-#   make test PYTHON=python3.12        another interpreter
+#   make env PYTHON=python3.12         with another interpreter; remove .venv to change it later
 #   make test PYTEST_ARGS="-k routing" a part of the tests
 
 SHELL := /bin/bash

@@ -1,6 +1,8 @@
 """No expert parallelism: every expert is on this rank, nothing is dispatched.
 
-With tensor parallelism each rank computes its slice of the intermediate size, and finalize adds the slices up.
+With tensor parallelism each rank computes its slice of the intermediate size, and finalize adds the slices up. The TP
+ranks must be called with the same arguments: comparing them would cost a collective per call, so a mistake on one rank
+alone is an error there and a lost peer on the others.
 """
 
 from __future__ import annotations
