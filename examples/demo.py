@@ -22,7 +22,10 @@ import httpx
 from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "class "
+PROMPT = """\
+    def close(self):
+        if self._file is not None:
+            """
 STARTUP_SECONDS = 180
 # Longer than torchrun takes to end ranks that do not listen.
 SHUTDOWN_SECONDS = 60
