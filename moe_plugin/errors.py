@@ -18,6 +18,8 @@ MoEPluginError
 ├── MemoryLimitError             buffers larger than the device; carries the largest size that fits
 ├── MissingPackageError          an optional package is absent; carries the extra that brings it
 └── PeerLostError                a peer died or came too late; carries its rank and the phase
+
+An error that another rank met first has its message; what else an error carries stays on the rank that met it.
 """
 
 from __future__ import annotations

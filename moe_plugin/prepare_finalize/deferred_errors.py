@@ -73,6 +73,9 @@ class DeferredErrors:
             flags |= ErrorFlag(word)
         if not flags:
             return
+        if self._event is not None and self._recorded:
+            # A later call's copy may still be under way and would set the mirror again.
+            self._wait_for(self._event)
         self._words[: len(seen)].zero_()
         seen.zero_()
         raise_for_flags(flags, self._config)

@@ -124,15 +124,13 @@ def _check_memory(config: MoEConfig, report: SelectionReport, environment: Envir
         entry = report.entry(phase)
         assert entry is not None
         if environment.memory_bytes and _needs(entry) > environment.memory_bytes:
-            largest = _largest_max_tokens(
-                phase_config(config, phase) if report.is_phased else config, entry, environment
-            )
+            built = phase_config(config, phase) if report.is_phased else config
+            largest = _largest_max_tokens(built, entry, environment)
             fits = f"the largest that fits is max_tokens_per_rank={largest}" if largest else "not even one token fits"
             raise MemoryLimitError(
                 f"{entry.strategy} needs {_needs(entry) / 2**30:.1f} GiB of workspace for "
-                f"max_tokens_per_rank={config.max_tokens_per_rank}, "
-                f"the device has {environment.memory_bytes / 2**30:.1f} GiB; "
-                f"{fits}",
+                f"max_tokens_per_rank={built.max_tokens_per_rank}, "
+                f"the device has {environment.memory_bytes / 2**30:.1f} GiB; {fits}",
                 largest or None,
             )
 
