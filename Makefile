@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= serve,triton,dev
+EXTRAS ?= serve,triton,bench,dev
 PYTEST_ARGS ?=
 # The first interpreter that is new enough; looked for only when .venv is built.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \

@@ -266,6 +266,14 @@ class MoEConfig:
             raise ConfigError(
                 f"intermediate_size {self.intermediate_size} is not divisible by tp_size {self.parallel.tp_size}"
             )
+        if isinstance(self.quantization, Fp8Block) and self.parallel.tp_size > 1:
+            for block in (self.quantization.block_n, self.quantization.block_k):
+                if self.local_intermediate_size % block:
+                    raise ConfigError(
+                        f"intermediate_size {self.intermediate_size} over tp_size {self.parallel.tp_size} leaves "
+                        f"{self.local_intermediate_size} columns to a rank; with {self.quantization.name} it must be "
+                        f"a multiple of {block}, so that no tile is cut in two"
+                    )
         if self.apply_router_weight_on_input and self.top_k != 1:
             raise ConfigError(f"apply_router_weight_on_input is defined for top_k 1 only, got top_k {self.top_k}")
         if self.dispatch_capacity is not None and self.dispatch_capacity < 1:

@@ -16,7 +16,7 @@ import enum
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ import torch
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import DtypeError, HandleError, InputError, ShapeError, TooManyTokensError
+from moe_plugin.quantization import canonical_scale, has_static_activations, weight_scale_shapes
 from moe_plugin.verdict import Verdict, dtype_name
 from moe_plugin.workspace import Workspace, WorkspaceArena
 
@@ -119,7 +120,11 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """This rank's experts: w13 [El, 2I, H], gate rows first; w2 [El, H, I]; fp8 scales; biases [El, 2I], [El, H]."""
+    """This rank's experts: w13 [El, 2I, H], gate rows first; w2 [El, H, I]; biases [El, 2I] and [El, H].
+
+    w13_scale, w2_scale: fp32 scales of fp8 weights, in a shape of moe_plugin.quantization. a13_scale, a2_scale: static
+    scales of the activations of w13 and w2, for Fp8PerTensor(static_activations=True) alone; scalar, [1] or [El].
+    """
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -127,9 +132,11 @@ class ExpertWeights:
     w2_scale: torch.Tensor | None = None
     w13_bias: torch.Tensor | None = None
     w2_bias: torch.Tensor | None = None
+    a13_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
 
     def check(self, config: MoEConfig) -> None:
-        """Raises ShapeError or DtypeError when the weights do not fit `config`."""
+        """Raises ShapeError, DtypeError or, for tensors on two devices, InputError when `config` wants others."""
         experts, inner, hidden = config.num_local_experts, config.local_intermediate_size, config.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"w13": (experts, 2 * inner, hidden), "w2": (experts, hidden, inner)}
         if config.has_bias:
@@ -153,13 +160,69 @@ class ExpertWeights:
                 raise DtypeError(
                     f"{name} must be {dtype_name(config.weight_dtype)}, got {dtype_name(getattr(self, name).dtype)}"
                 )
-        scales = (self.w13_scale, self.w2_scale)
-        if config.quantization is not None and None in scales:
-            raise ShapeError(f"{config.quantization.name} weights need w13_scale and w2_scale")
-        if config.quantization is None and scales != (None, None):
-            raise ShapeError("w13_scale and w2_scale were given, but the configuration is unquantized")
         if not config.has_bias and (self.w13_bias is not None or self.w2_bias is not None):
             raise ShapeError("biases were given, but the configuration says has_bias=False")
+        for name in ("w13_bias", "w2_bias"):
+            bias = getattr(self, name)
+            if bias is not None and bias.dtype != config.dtype:
+                raise DtypeError(f"{name} must be {dtype_name(config.dtype)}, got {dtype_name(bias.dtype)}")
+        self._check_scales(config)
+
+    def _check_scales(self, config: MoEConfig) -> None:
+        scheme = config.quantization
+        given = {name: getattr(self, name) for name in ("w13_scale", "w2_scale", "a13_scale", "a2_scale")}
+        present = {name: scale for name, scale in given.items() if scale is not None}
+        if scheme is None:
+            if present:
+                raise ShapeError(f"{', '.join(present)} given, but the configuration is unquantized")
+            return
+        if not {"w13_scale", "w2_scale"} <= present.keys():
+            raise ShapeError(f"{scheme.name} weights need w13_scale and w2_scale")
+        static = {"a13_scale", "a2_scale"}
+        if has_static_activations(scheme):
+            if not static <= present.keys():
+                raise ShapeError(f"{scheme.name} with static activations needs a13_scale and a2_scale")
+        elif static & present.keys():
+            raise ShapeError(
+                f"a13_scale and a2_scale are for Fp8PerTensor(static_activations=True); {scheme} measures its own"
+            )
+        experts = config.num_local_experts
+        shapes = weight_scale_shapes(scheme, experts, config.local_intermediate_size, config.hidden_size)
+        shapes |= dict.fromkeys(static, ((experts,), (1,), ()))
+        for name, scale in present.items():
+            if scale.dtype != torch.float32:
+                raise DtypeError(f"{name} must be float32, got {dtype_name(scale.dtype)}")
+            if scale.device != self.w13.device:
+                raise InputError(f"{name} is on {scale.device}, w13 on {self.w13.device}, another device")
+            if tuple(scale.shape) not in shapes[name]:
+                allowed = " or ".join(str(list(shape)) for shape in shapes[name])
+                raise ShapeError(f"{name} of {scheme.name} must be {allowed} on this rank, got {list(scale.shape)}")
+
+    def canonical(self, config: MoEConfig) -> ExpertWeights:
+        """Checked weights with their scales in the one form that Experts see: contiguous fp32, and
+
+        fp8_per_tensor: w13_scale [El, 2] (gate, up), w2_scale [El];
+        fp8_per_token: w13_scale [El, 2I], w2_scale [El, H];
+        fp8_block: w13_scale [El, 2 * ceil(I/128), ceil(H/128)], w2_scale [El, ceil(H/128), ceil(I/128)];
+        static activations: a13_scale [1], the largest of the rank's, a2_scale [El].
+        """
+        if config.quantization is None:
+            return self
+        assert self.w13_scale is not None and self.w2_scale is not None
+        experts = config.num_local_experts
+        shapes = weight_scale_shapes(config.quantization, experts, config.local_intermediate_size, config.hidden_size)
+        a13_scale, a2_scale = self.a13_scale, self.a2_scale
+        if a13_scale is not None and a2_scale is not None:
+            # A rank without experts has no scale of its own to give.
+            a13_scale = a13_scale.max().reshape(1) if a13_scale.numel() else a13_scale.new_zeros(1)
+            a2_scale = a2_scale.expand(experts).contiguous()
+        return replace(
+            self,
+            w13_scale=canonical_scale(self.w13_scale, shapes["w13_scale"][0]),
+            w2_scale=canonical_scale(self.w2_scale, shapes["w2_scale"][0]),
+            a13_scale=a13_scale,
+            a2_scale=a2_scale,
+        )
 
 
 class Receiver(Generic[T]):
@@ -240,6 +303,13 @@ class PrepareAndFinalize(StrategyPart):
     ) -> torch.Tensor:
         """Combine the experts' rows into [T, H] (written to `out` when given) and release the workspace."""
 
+    def expert_output(self, handle: DispatchHandle, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Where the experts may write so that finalize, called with the same `out`, has nothing left to move.
+
+        Called between prepare and finalize. A tensor as Experts.apply takes it, or None.
+        """
+        return None
+
     def prepare_async(
         self,
         hidden_states: torch.Tensor,
@@ -289,12 +359,14 @@ class Experts(StrategyPart):
         return weights
 
     @abc.abstractmethod
-    def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:
+    def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
         """Compute this rank's experts.
 
         Standard -> [N, H]: for each row the sum over its local experts, weighted when the stage is EXPERTS_GATHER;
         zeros for a row that hits none. BatchedExperts -> [local_experts, max_tokens, H], unweighted; rows past the
         count are undefined. In `config.dtype`, contiguous.
+        output: memory of that shape and dtype, contiguous, where finalize would like the result, or None. A class that
+            writes there returns `output` itself; one that ignores it returns memory of its own, which costs a copy.
         """
 
 
@@ -338,6 +410,48 @@ def validate_inputs(
 
     device: where the layer is, when it is to be compared.
     """
+    if not _are_right(config, hidden_states, topk_ids, topk_weights, max_num_tokens, device):
+        _raise_what_is_wrong(config, hidden_states, topk_ids, topk_weights, max_num_tokens, device)
+    if out is not None:
+        shape = (hidden_states.shape[0], config.hidden_size)
+        _validate_output("out", out, shape, config.dtype, hidden_states.device)
+
+
+def _are_right(
+    config: MoEConfig,
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    max_num_tokens: int | None,
+    device: torch.device | None,
+) -> bool:
+    """The same as `_raise_what_is_wrong` finds out, in the few steps that a call can afford."""
+    try:
+        num_tokens, hidden_size = hidden_states.shape
+        where = hidden_states.device
+        return (
+            hidden_size == config.hidden_size
+            and topk_ids.shape == topk_weights.shape == (num_tokens, config.top_k)
+            and num_tokens <= config.max_tokens_per_rank
+            and (max_num_tokens is None or num_tokens <= max_num_tokens <= config.max_tokens_per_rank)
+            and hidden_states.dtype is config.dtype
+            and topk_ids.dtype in ID_DTYPES
+            and topk_weights.dtype in WEIGHT_DTYPES
+            and topk_ids.device == topk_weights.device == where
+            and (device is None or where == device)
+        )
+    except (AttributeError, ValueError):  # no tensor, or another number of dimensions
+        return False
+
+
+def _raise_what_is_wrong(
+    config: MoEConfig,
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    max_num_tokens: int | None,
+    device: torch.device | None,
+) -> None:
     for name, value in (("hidden_states", hidden_states), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         if not isinstance(value, torch.Tensor):
             raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -366,8 +480,6 @@ def validate_inputs(
             f"max_num_tokens={max_num_tokens} must lie between T={num_tokens} "
             f"and max_tokens_per_rank={config.max_tokens_per_rank}"
         )
-    if out is not None:
-        _validate_output("out", out, (num_tokens, config.hidden_size), config.dtype, hidden_states.device)
 
 
 def _validate_output(
@@ -412,10 +524,20 @@ class MoELayer(abc.ABC):
         out: where to write.
         Returns [T, H] in config.dtype. Raises InputError subclasses, CapacityError, PeerLostError.
         """
-        if torch.compiler.is_compiling() and shared_experts is None and out is None:
-            return torch.ops.moe_plugin.moe_layer(hidden_states, topk_ids, topk_weights, self.op_key, max_num_tokens)
-        with torch.no_grad():
+        if torch.compiler.is_compiling():
+            if shared_experts is None and out is None:
+                key = self.op_key
+                return torch.ops.moe_plugin.moe_layer(hidden_states, topk_ids, topk_weights, key, max_num_tokens)
+            with torch.no_grad():
+                return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
+        if not torch.is_grad_enabled():
             return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
+        # What torch.no_grad() does, without the microseconds that its object costs.
+        torch._C._set_grad_enabled(False)
+        try:
+            return self.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     op_key: int
     """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
@@ -469,11 +591,13 @@ class ModularKernel(MoELayer):
         self._validate(hidden_states, topk_ids, topk_weights, max_num_tokens, out)
         if shared_experts is None:
             dispatched = self.prepare_finalize.prepare(hidden_states, topk_ids, topk_weights, max_num_tokens)
-            return self.finalize(self.apply_experts(dispatched), dispatched, out)
+            rows = self.apply_experts(dispatched, out)
+            return self.prepare_finalize.finalize(rows, dispatched.handle, out)
         receiver = self.prepare_finalize.prepare_async(hidden_states, topk_ids, topk_weights, max_num_tokens)
         shared = shared_experts(hidden_states)
         dispatched = receiver.wait()
-        return self.finalize(self.apply_experts(dispatched), dispatched, out).add_(shared)
+        rows = self.apply_experts(dispatched, out)
+        return self.prepare_finalize.finalize(rows, dispatched.handle, out).add_(shared)
 
     def prepare(
         self,
@@ -497,9 +621,11 @@ class ModularKernel(MoELayer):
         self._validate(hidden_states, topk_ids, topk_weights, max_num_tokens)
         return self.prepare_finalize.prepare_async(hidden_states, topk_ids, topk_weights, max_num_tokens)
 
-    def apply_experts(self, dispatched: Dispatched) -> torch.Tensor:
-        """The expert computation on what prepare returned."""
-        return self.experts.apply(dispatched, dispatched.handle.workspace.scoped(self.experts.name))
+    def apply_experts(self, dispatched: Dispatched, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The expert computation on what prepare returned. out: what finalize will be given, if known by now."""
+        handle = dispatched.handle
+        output = self.prepare_finalize.expert_output(handle, out)
+        return self.experts.apply(dispatched, handle.workspace.scoped(self.experts.name), output)
 
     def finalize(
         self, expert_output: torch.Tensor, dispatched: Dispatched, out: torch.Tensor | None = None

@@ -78,6 +78,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 router="softmax_topk over biased logits, renormalized",
                 note="published in MXFP4 with gate and up rows interleaved; MoEConfig's w13 has all gate rows first",
             ),
+            Preset(
+                name="deepseek-v3-ep8",
+                layer={"num_experts": 32, "top_k": 8, "hidden_size": 7168, "intermediate_size": 2048},
+                source="deepseek-ai/DeepSeek-V3",
+                router="sigmoid_grouped_topk, 8 groups, best 4, renormalized, scaling 2.5",
+                note="one rank's share of 8-way expert parallelism, for measuring experts: every token is routed to 8 "
+                "of these 32",
+            ),
         )
     }
 )

@@ -6,15 +6,21 @@ functions below are the gates most classes need; a class with a need of its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from moe_plugin.config import Fp8Block
+
 if TYPE_CHECKING:
     from moe_plugin.config import MoEConfig
     from moe_plugin.environment import Environment
+
+
+QUANTIZATIONS = ("none", "fp8_per_tensor", "fp8_per_token", "fp8_block")
+"""Every name that `gate_quantization` knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +84,17 @@ def gate_dtype(config: MoEConfig, *allowed: torch.dtype) -> Gate:
     return Gate("dtype", config.dtype in allowed, dtype_name(config.dtype), f"one of {names}")
 
 
-def gate_quantization(config: MoEConfig, allowed: Iterable[str] = ("none",)) -> Gate:
-    seen = "none" if config.quantization is None else config.quantization.name
-    allowed = tuple(allowed)
-    return Gate("quantization", seen in allowed, seen, f"one of {', '.join(allowed)}")
+def gate_quantization(
+    config: MoEConfig, allowed: Iterable[str] = ("none",), blocks: Collection[tuple[int, int]] = ((128, 128),)
+) -> Gate:
+    """allowed: names of QUANTIZATIONS. blocks: the (block_n, block_k) of fp8_block that the class computes."""
+    scheme, allowed = config.quantization, tuple(allowed)
+    name = "none" if scheme is None else scheme.name
+    if name in allowed and isinstance(scheme, Fp8Block) and (scheme.block_n, scheme.block_k) not in blocks:
+        seen = f"{name} {scheme.block_n} x {scheme.block_k}"
+        sizes = " or ".join(f"{n} x {k}" for n, k in blocks)
+        return Gate("quantization", False, seen, f"{name} in tiles of {sizes}")
+    return Gate("quantization", name in allowed, name, f"one of {', '.join(allowed)}")
 
 
 def gate_cuda_graph(config: MoEConfig, capturable: bool, why_not: str = "") -> Gate:

@@ -54,6 +54,16 @@ def test_sizes_are_positive_integers(name: str, value: object) -> None:
         ({"activation": "relu"}, "relu"),
         ({"parallel": ParallelConfig(tp_size=5)}, "intermediate_size 48 is not divisible by tp_size 5"),
         ({"apply_router_weight_on_input": True}, "defined for top_k 1 only, got top_k 2"),
+        (
+            {"intermediate_size": 384, "quantization": Fp8Block(), "parallel": ParallelConfig(tp_size=2)},
+            "intermediate_size 384 over tp_size 2 leaves 192 columns to a rank; with fp8_block it must be a multiple "
+            "of 128, so that no tile is cut in two",
+        ),
+        (
+            {"quantization": Fp8Block(24, 16), "parallel": ParallelConfig(tp_size=2)},
+            "leaves 24 columns to a rank; with fp8_block it must be a multiple of 16",
+        ),
+        ({"quantization": Fp8Block, "parallel": ParallelConfig(tp_size=2)}, "must be None or a QuantConfig"),
         ({"dispatch_capacity": 0}, "dispatch_capacity must be positive, got 0"),
         ({"dispatch_capacity": -3}, "dispatch_capacity must be positive, got -3"),
         ({"placement": ExpertPlacement.linear(7, 1)}, "for 7 experts on 1 ranks, the layer has 8 on 1"),
@@ -125,6 +135,20 @@ def test_quantized_weights(scheme: Any, name: str) -> None:
     assert scheme.name == name
     assert config.weight_dtype is torch.float8_e4m3fn
     assert config.dtype is torch.bfloat16
+
+
+def test_sizes_that_quantization_does_not_limit() -> None:
+    MoEConfig(**(LAYER | {"intermediate_size": 200}), quantization=Fp8Block())
+    two = ParallelConfig(tp_size=2)
+    assert MoEConfig(**LAYER, quantization=Fp8Block(24, 24), parallel=two).local_intermediate_size == 24
+    for scheme in (Fp8PerTensor(), Fp8PerToken()):
+        assert MoEConfig(**LAYER, quantization=scheme, parallel=two).local_intermediate_size == 24
+
+
+@pytest.mark.parametrize("blocks", [(0, 128), (128, -1)])
+def test_blocks_must_be_positive(blocks: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=f"must be positive, got {blocks[0]} x {blocks[1]}"):
+        Fp8Block(*blocks)
 
 
 def test_a_rank_s_share() -> None:

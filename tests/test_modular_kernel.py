@@ -113,10 +113,13 @@ INVALID: list[tuple[dict[str, Any], type[InputError], str]] = [
 ]
 
 
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
 @pytest.mark.parametrize(("changes", "error", "message"), INVALID)
-def test_arguments_that_do_not_fit(changes: dict[str, Any], error: type[InputError], message: str) -> None:
+def test_arguments_that_do_not_fit(
+    changes: dict[str, Any], error: type[InputError], message: str, device: torch.device | None
+) -> None:
     with pytest.raises(error, match=message) as caught:
-        validate_inputs(CONFIG, **(VALID | changes))
+        validate_inputs(CONFIG, **(VALID | changes), device=device)
     assert type(caught.value) is error
 
 
@@ -141,6 +144,17 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], error: type[InputErr
 )
 def test_arguments_that_fit(changes: dict[str, Any]) -> None:
     validate_inputs(CONFIG, **(VALID | changes))
+
+
+def test_arguments_on_another_device_than_the_layer() -> None:
+    with pytest.raises(InputError, match="hidden_states is on cpu, the layer on meta"):
+        validate_inputs(CONFIG, **VALID, device=torch.device("meta"))
+
+
+def test_dispatchers_that_move_rows_say_nothing_about_the_experts_output(inputs: Inputs) -> None:
+    kernel = make_kernel(NcclAllToAll)
+    dispatched = kernel.prepare(*inputs.as_tuple())
+    assert kernel.prepare_finalize.expert_output(dispatched.handle) is None
 
 
 def test_values_are_not_looked_at() -> None:
@@ -419,10 +433,10 @@ def test_transposed_weights_are_refused() -> None:
 
 def test_experts_cannot_overwrite_what_the_dispatcher_keeps(inputs: Inputs) -> None:
     class Careless(TorchNative):
-        def apply(self, dispatched: Dispatched, workspace: Any) -> torch.Tensor:
+        def apply(self, dispatched: Dispatched, workspace: Any, output: torch.Tensor | None = None) -> torch.Tensor:
             for name in ("row_index", "local_ids", "topk_weights", "received"):
                 workspace.tensor(name, (64, 64), torch.float32).fill_(float("nan"))
-            return super().apply(dispatched, workspace)
+            return super().apply(dispatched, workspace, output)
 
     arena = WorkspaceArena(DEVICE)
     layer = ModularKernel(NcclAllToAll(CONFIG, arena), Careless(CONFIG, expert_weights()))

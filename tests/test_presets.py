@@ -19,6 +19,7 @@ from moe_plugin.presets import PRESETS, preset_config
         ("qwen3-30b", (128, 8, 2048, 768)),
         ("mixtral-8x7b", (8, 2, 4096, 14336)),
         ("gpt-oss-120b", (128, 4, 2880, 2880)),
+        ("deepseek-v3-ep8", (32, 8, 7168, 2048)),
     ],
 )
 def test_dimensions(name, dimensions):
@@ -27,7 +28,8 @@ def test_dimensions(name, dimensions):
 
 
 def test_the_table_is_complete_and_keyed_by_name():
-    assert list(PRESETS) == ["deepseek-v3", "qwen3-235b", "qwen3-30b", "mixtral-8x7b", "gpt-oss-120b"]
+    models = ["deepseek-v3", "qwen3-235b", "qwen3-30b", "mixtral-8x7b", "gpt-oss-120b"]
+    assert list(PRESETS) == [*models, "deepseek-v3-ep8"]
     for name, preset in PRESETS.items():
         assert preset.name == name
         assert preset.source.count("/") == 1
@@ -50,6 +52,13 @@ def test_dimensions_are_the_defaults_of_transformers(name, model, intermediate):
     assert config.top_k == model.num_experts_per_tok
     assert config.intermediate_size == getattr(model, intermediate)
     assert config.hidden_size == model.hidden_size
+
+
+def test_the_slice_is_one_rank_of_eight():
+    whole = preset_config("deepseek-v3", parallel=ParallelConfig(ep_size=8))
+    part = preset_config("deepseek-v3-ep8")
+    assert part.num_experts == whole.num_local_experts
+    assert (part.top_k, part.hidden_size, part.intermediate_size) == (whole.top_k, 7168, 2048)
 
 
 def test_gpt_oss_brings_its_activation_and_biases():

@@ -132,6 +132,7 @@ def is_property(definition: ast.FunctionDef) -> bool:
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
+    ("quantization",),
     ("environment", "kernels", "compat", "activation", "workspace", "presets"),
     ("reference", "verdict"),
     ("routing", "numerics"),
@@ -139,6 +140,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("prepare_finalize", "experts"),
     ("strategies",),
     ("", "testing"),
+    ("bench",),
     ("integrations",),
     ("cli",),
 )

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from moe_plugin.activation import gated_activation, gated_activation_of
-from moe_plugin.config import Activation, MoEConfig
-from moe_plugin.errors import ExpertIdError
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, MoEConfig, QuantConfig
+from moe_plugin.errors import ExpertIdError, ShapeError
+from moe_plugin.numerics import FP8_NOISE, assert_close_to_oracle, relative_error
+from moe_plugin.quantization import dequantize_weights, quantize_weights, to_fp8
 from moe_plugin.reference import reference_moe
 
 E, K, H, INNER, T = 6, 3, 10, 7, 9
@@ -154,3 +156,99 @@ def test_inputs_are_left_alone(layer, call) -> None:
     before = [tensor.clone() for tensor in (*call, *layer.values())]
     reference_moe(*call, **layer, activation="swiglu_oai", swiglu_limit=LIMIT)
     assert all(torch.equal(*pair) for pair in zip(before, (*call, *layer.values()), strict=True))
+
+
+FP8_SCHEMES = {
+    "block": Fp8Block(),
+    "small block": Fp8Block(16, 16),
+    "per_token": Fp8PerToken(),
+    "per_tensor": Fp8PerTensor(),
+    "static": Fp8PerTensor(static_activations=True),
+}
+
+
+def rounded(x: torch.Tensor, group_size: int, scale: float | None) -> torch.Tensor:
+    """One vector to fp8 and back, group by group."""
+    groups = []
+    for group in x.float().split(group_size):
+        s = max(float(group.abs().max()), 1e-4) / 448 if scale is None else scale
+        groups.append(to_fp8(group / s).float() * s)
+    return torch.cat(groups)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", FP8_SCHEMES.values(), ids=FP8_SCHEMES)
+def test_fp8_pair_by_pair(scheme: QuantConfig, dtype: torch.dtype, on_input: bool) -> None:
+    experts, top_k, tokens, hidden, inner = 3, 1 if on_input else 2, 4, 150, 140
+    generator = torch.Generator().manual_seed(0)
+    w13, w13_scale = quantize_weights(torch.randn(experts, 2 * inner, hidden, generator=generator) / 12, scheme, 2)
+    w2, w2_scale = quantize_weights(torch.randn(experts, hidden, inner, generator=generator) / 12, scheme)
+    bias = torch.randn(experts, 2 * inner, generator=generator).to(dtype)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    ids = torch.tensor([[0, 2], [1, 1], [-1, 0], [2, 1]])[:, :top_k]
+    weights = torch.rand(tokens, top_k, generator=generator) + 0.5
+    static = scheme == Fp8PerTensor(static_activations=True)
+    a13 = torch.tensor([0.002, 0.005, 0.004]) if static else None
+    a2 = torch.tensor([0.01, 0.002, 0.005]) if static else None
+    out = reference_moe(
+        x,
+        ids,
+        weights,
+        w13,
+        w2,
+        w13_bias=bias,
+        apply_router_weight_on_input=on_input,
+        quantization=scheme,
+        w13_scale=w13_scale,
+        w2_scale=w2_scale,
+        a13_scale=a13,
+        a2_scale=a2,
+    )
+
+    real_w13 = dequantize_weights(w13, w13_scale, scheme, halves=2)
+    real_w2 = dequantize_weights(w2, w2_scale, scheme)
+    group_size = scheme.block_k if isinstance(scheme, Fp8Block) else hidden
+    expected = torch.zeros(tokens, hidden)
+    for token, row in enumerate(ids.tolist()):
+        for k, expert in enumerate(row):
+            if expert < 0:
+                continue
+            weight = float(weights[token, k])
+            state = (x[token].float() * weight).to(dtype) if on_input else x[token]
+            # The largest of the given scales serves all experts: the row is quantized before it meets them.
+            state = rounded(state, group_size, 0.005 if static else None)
+            gate, up = (real_w13[expert] @ state + bias[expert].float()).chunk(2)
+            middle = rounded(gate * torch.sigmoid(gate) * up, 128, float(a2[expert]) if a2 is not None else None)
+            expected[token] += (real_w2[expert] @ middle) * (1 if on_input else weight)
+    # Sums in another order may take an element of the intermediate to the next fp8 value.
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert relative_error(out, expected) < 2e-3
+
+
+@pytest.mark.parametrize("scheme", FP8_SCHEMES.values(), ids=FP8_SCHEMES)
+def test_fp8_is_near_the_layer_it_came_from(scheme: QuantConfig) -> None:
+    generator = torch.Generator().manual_seed(1)
+    w13, w2 = torch.randn(4, 512, 192, generator=generator) / 14, torch.randn(4, 192, 256, generator=generator) / 8
+    call = torch.randn(64, 192, generator=generator), torch.arange(64)[:, None] % 4, torch.ones(64, 1)
+    (q13, s13), (q2, s2) = quantize_weights(w13, scheme, 2), quantize_weights(w2, scheme)
+    static = scheme == Fp8PerTensor(static_activations=True)
+    a13, a2 = (torch.tensor(0.01), torch.tensor([0.03])) if static else (None, None)
+    out = reference_moe(*call, q13, q2, quantization=scheme, w13_scale=s13, w2_scale=s2, a13_scale=a13, a2_scale=a2)
+    assert_close_to_oracle(
+        out,
+        reference_moe(*call, dequantize_weights(q13, s13, scheme, 2), dequantize_weights(q2, s2, scheme)),
+        FP8_NOISE,
+    )
+    # All six roundings of a layer, those of the weights included.
+    assert relative_error(out, reference_moe(*call, w13, w2)) < 7e-2
+
+
+def test_fp8_without_its_scales(layer, call) -> None:
+    layer = {name: to_fp8(tensor) for name, tensor in layer.items() if "bias" not in name}
+    one = torch.ones(E)
+    with pytest.raises(ShapeError, match="fp8_per_tensor weights need w13_scale and w2_scale"):
+        reference_moe(*call, **layer, quantization=Fp8PerTensor(), w13_scale=one)
+    static = Fp8PerTensor(static_activations=True)
+    with pytest.raises(ShapeError, match="static activations needs a13_scale and a2_scale"):
+        reference_moe(*call, **layer, quantization=static, w13_scale=one, w2_scale=one, a13_scale=one)

@@ -233,6 +233,95 @@ def test_buffers_made_in_inference_mode_can_be_written_outside_of_it() -> None:
     arena.lease().tensor("rows", (4,), torch.float32).fill_(2)
 
 
+def test_a_view_is_made_once(arena: WorkspaceArena) -> None:
+    workspace = arena.lease()
+    first = workspace.tensor("x", (2, 3), torch.float32)
+    assert workspace.tensor("x", [2, 3], torch.float32) is first
+    assert workspace.tensor("x", torch.Size((2, 3)), torch.float32) is first
+    assert workspace.scoped("a").tensor("x", (2, 3), torch.float32) is not first
+    others = [((3, 2), torch.float32), ((2, 3), torch.int32)]
+    assert all(workspace.tensor("x", *other) is not first for other in others)
+    workspace.release()
+    assert arena.lease().tensor("x", (2, 3), torch.float32) is first
+
+
+def test_no_view_of_an_outgrown_buffer_is_given_out(arena: WorkspaceArena) -> None:
+    workspace = arena.lease()
+    small = workspace.tensor("x", (4,), torch.float32)
+    large = workspace.tensor("x", (400,), torch.float32)
+    again = workspace.tensor("x", (4,), torch.float32)
+    assert again.data_ptr() == large.data_ptr() != small.data_ptr()
+
+
+def test_views_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+    arena = WorkspaceArena("cpu")
+    workspace = arena.lease()
+    workspace.tensor("rows", (8,), torch.float32)
+    with torch.inference_mode():
+        view = workspace.tensor("rows", (4,), torch.float32)
+    assert not view.is_inference()
+    assert workspace.tensor("rows", (4,), torch.float32).fill_(2) is view
+
+
+def test_a_workspace_does_not_collect_views_for_ever(arena: WorkspaceArena) -> None:
+    workspace = arena.lease()
+    for size in range(5000, 0, -1):
+        workspace.tensor("x", (size,), torch.uint8)
+    assert len(workspace._derived) <= 1024
+    assert workspace.nbytes == 5000
+
+
+def test_cached_values_live_until_a_buffer_is_replaced(arena: WorkspaceArena) -> None:
+    workspace = arena.lease()
+    built: list[int] = []
+
+    def build() -> tuple[int, int]:
+        built.append(len(built))
+        return workspace.tensor("x", (4,), torch.float32).data_ptr(), len(built)
+
+    first = workspace.cached("arguments", build)
+    workspace.tensor("y", (4,), torch.float32)  # new, which replaces nothing
+    workspace.release()
+    assert arena.lease() is workspace
+    assert workspace.cached("arguments", build) is first
+    assert workspace.scoped("a").cached("arguments", build) is not first
+    workspace.tensor("x", (400,), torch.float32)
+    assert workspace.cached("arguments", build) != first
+    assert len(built) == 3
+
+
+def test_a_cached_value_never_holds_a_buffer_that_its_making_replaced(arena: WorkspaceArena) -> None:
+    workspace = arena.lease()
+
+    def build() -> tuple[torch.Tensor, torch.Tensor]:
+        return workspace.tensor("x", (4,), torch.float32), workspace.tensor("x", (400,), torch.float32)
+
+    small, large = workspace.cached("arguments", build)
+    assert small.data_ptr() == large.data_ptr()
+
+
+@pytest.mark.gpu
+def test_one_stream_needs_no_events_and_two_are_ordered() -> None:
+    arena = WorkspaceArena("cuda")
+    size = (1 << 20,)
+    for _ in range(3):
+        workspace = arena.lease()
+        workspace.release()
+        assert workspace._released is None
+    tensor = arena.lease().tensor("x", size, torch.float32).fill_(0)
+    torch.cuda._sleep(200_000_000)
+    tensor.fill_(1)
+    workspace.release()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = arena.lease()
+        assert again is workspace
+        seen = again.tensor("x", size, torch.float32).clone()
+        again.release()
+        assert again._released is not None
+    torch.cuda.synchronize()
+    assert (seen == 1).all()
+
+
 def test_scopes_do_not_share_names() -> None:
     workspace = WorkspaceArena("cpu").lease()
     whole, one, other = (

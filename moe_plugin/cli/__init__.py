@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_plugin.cli.bench import app as bench
 from moe_plugin.cli.doctor import doctor
 from moe_plugin.cli.explain import explain
 from moe_plugin.cli.generate import generate
@@ -14,6 +15,7 @@ from moe_plugin.cli.serve import serve
 app = typer.Typer(name="moe-plugin", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (serve, generate, explain, doctor):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

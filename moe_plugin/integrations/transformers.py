@@ -10,6 +10,11 @@ Expert parallelism. `activate(model, parallel=ParallelConfig(ep_group=group))` k
 and frees the others. Everything else stays replicated: all ranks run the same model on the same tokens. Each rank then
 dispatches its slice of the tokens, and an all-gather gives every rank all outputs, bitwise equal.
 
+fp8 checkpoints run as transformers' FP8Experts hold them: tiles (`weight_block_size`) with dynamic activation scales,
+or one scale per matrix with dynamic or static ones. moe_plugin.quantization defines what they mean; from transformers'
+own kernels it differs in detail: the intermediate is quantized in groups of 128 columns in every dynamic scheme, and
+experts share the largest of the static input scales.
+
 transformers has a plan for expert parallelism of its own. It is not used: it refuses numbers of experts that the ranks
 do not divide, and replaces the forward methods of routers and experts modules.
 """
@@ -26,10 +31,19 @@ from torch import nn
 
 import moe_plugin
 from moe_plugin.activation import gated_activation
-from moe_plugin.config import Activation, ExpertPlacement, MoEConfig, ParallelConfig
+from moe_plugin.config import (
+    Activation,
+    ExpertPlacement,
+    Fp8Block,
+    Fp8PerTensor,
+    MoEConfig,
+    ParallelConfig,
+    QuantConfig,
+)
 from moe_plugin.errors import ConfigError, MissingPackageError
 from moe_plugin.modular_kernel import ExpertWeights, MoELayer
 from moe_plugin.prepare_finalize.communicator import Communicator
+from moe_plugin.quantization import FP8_DTYPE
 from moe_plugin.verdict import dtype_name
 
 if TYPE_CHECKING:
@@ -63,10 +77,12 @@ def register() -> None:
     Raises MissingPackageError without transformers.
     """
     try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as problem:
         raise MissingPackageError("transformers", "serve", "the transformers integration") from problem
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    FP8ExpertsInterface.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 
 def activate(
@@ -148,7 +164,7 @@ class ExpertsRunner:
             raise ConfigError("moe_plugin runs inference only; to train, set another experts implementation")
         # Buffers outlive the call, and torch lets no inference tensor be written to outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            layer = self._layer_of(module, topk_ids.shape[1])
+            layer = self._layer_of(module, topk_ids.shape[1], hidden_states.dtype)
             inputs = hidden_states.to(layer.config.dtype)
             output = torch.empty_like(inputs, memory_format=torch.contiguous_format)
             limit = self.settings.max_tokens_per_rank * self._ranks.size
@@ -180,17 +196,19 @@ class ExpertsRunner:
         # Only the last slices are shorter than per_rank, so what is undefined comes after all tokens.
         output.copy_(gathered.view(-1, hidden_size)[:num_tokens])
 
-    def _layer_of(self, module: ExpertsModule, top_k: int) -> MoELayer:
-        """The layer of the module's present weights."""
-        source = (top_k, *(_identity(parameter) for parameter in module.parameters(recurse=False)))
+    def _layer_of(self, module: ExpertsModule, top_k: int, dtype: torch.dtype) -> MoELayer:
+        """The layer of the module's present weights; one with fp8 weights computes in the `dtype` of its input."""
+        if module.down_proj.dtype != FP8_DTYPE:
+            dtype = module.down_proj.dtype
+        source = (top_k, dtype, *(_identity(parameter) for parameter in module.parameters(recurse=False)))
         if self.layer is None or source != self._built_from:
             # The old layer may hold a converted copy of the weights: drop it before there is a second one.
             self.layer = None
-            self.layer = self._build(module, top_k)
+            self.layer = self._build(module, top_k, dtype)
             self._built_from = source
         return self.layer
 
-    def _build(self, module: ExpertsModule, top_k: int) -> MoELayer:
+    def _build(self, module: ExpertsModule, top_k: int, dtype: torch.dtype) -> MoELayer:
         weights = _expert_weights(module)
         activation, constants = _activation_of(module)
         num_experts = int(module.num_experts)
@@ -199,7 +217,8 @@ class ExpertsRunner:
             top_k=top_k,
             hidden_size=weights.w2.shape[1],
             intermediate_size=weights.w2.shape[2],
-            dtype=weights.w2.dtype,
+            dtype=dtype,
+            quantization=_quantization_of(module),
             activation=activation,
             has_bias=weights.w2_bias is not None,
             parallel=self.settings.parallel,
@@ -212,8 +231,12 @@ class ExpertsRunner:
             weights.w13,
             weights.w2,
             strategy=self.settings.strategy,
+            w13_scale=weights.w13_scale,
+            w2_scale=weights.w2_scale,
             w13_bias=weights.w13_bias,
             w2_bias=weights.w2_bias,
+            a13_scale=weights.a13_scale,
+            a2_scale=weights.a2_scale,
         )
         self._announce(layer)
         return layer
@@ -243,12 +266,36 @@ def _check_module(name: str, module: ExpertsModule) -> None:
     if not module.has_gate:
         raise ConfigError(f"{where}: experts without a gate projection are not supported")
     dtype = module.gate_up_proj.dtype
-    if dtype not in WEIGHT_DTYPES:
-        allowed = ", ".join(map(dtype_name, WEIGHT_DTYPES))
+    if dtype not in (*WEIGHT_DTYPES, FP8_DTYPE):
+        allowed = ", ".join(map(dtype_name, (*WEIGHT_DTYPES, FP8_DTYPE)))
         raise ConfigError(f"{where}: expert weights are {dtype_name(dtype)}; this integration runs {allowed}")
+    try:
+        _quantization_of(module)
+    except ConfigError as problem:
+        raise ConfigError(f"{where}: {problem}") from None
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"{where}: expert weights are offloaded; this integration needs them in memory")
     _activation_of(module)
+
+
+def _quantization_of(module: ExpertsModule) -> QuantConfig | None:
+    """The scheme of an fp8 module, None for another. Raises ConfigError where moe_plugin has no definition for it."""
+    if module.gate_up_proj.dtype != FP8_DTYPE:
+        return None
+    if not hasattr(module, "gate_up_proj_scale_inv"):
+        raise ConfigError("fp8 expert weights come without the scales that transformers' FP8Experts hold")
+    static = module.activation_scheme == "static"
+    if module.block_size is None:
+        return Fp8PerTensor(static_activations=static)
+    if static:
+        raise ConfigError("fp8 weights in tiles need dynamic activation scales, and these are static")
+    block_n, block_k = module.block_size
+    inner = module.down_proj.shape[2]
+    if inner % block_n:
+        raise ConfigError(
+            f"intermediate size {inner} is no multiple of {block_n}, so one tile of scales belongs to gate and to up"
+        )
+    return Fp8Block(block_n, block_k)
 
 
 def _activation_of(module: ExpertsModule) -> tuple[Activation, dict[str, Any]]:
@@ -279,12 +326,28 @@ def _expert_weights(module: ExpertsModule) -> ExpertWeights:
     w13, w2 = module.gate_up_proj.detach(), module.down_proj.detach()
     if module.is_transposed:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    scales = {} if _quantization_of(module) is None else _scales(module)
     w13_bias = module.gate_up_proj_bias.detach() if module.has_bias else None
     w2_bias = module.down_proj_bias.detach() if module.has_bias else None
     if not module.is_concatenated:
         w13 = _gate_first(w13)
         w13_bias = None if w13_bias is None else _gate_first(w13_bias)
-    return ExpertWeights(w13=w13.contiguous(), w2=w2.contiguous(), w13_bias=w13_bias, w2_bias=w2_bias)
+    return ExpertWeights(w13=w13.contiguous(), w2=w2.contiguous(), w13_bias=w13_bias, w2_bias=w2_bias, **scales)
+
+
+def _scales(module: ExpertsModule) -> dict[str, torch.Tensor]:
+    """The scales of an fp8 module, which may be stored as powers of two (e8m0), by their names in ExpertWeights."""
+    # One scale per matrix stands there as [E, 2, 1] for gate and up, and as [E, 1, 1].
+    per_matrix = module.block_size is None
+    w13_scale, w2_scale = module.gate_up_proj_scale_inv.detach().float(), module.down_proj_scale_inv.detach().float()
+    scales = {
+        "w13_scale": w13_scale.flatten(1) if per_matrix else w13_scale,
+        "w2_scale": w2_scale.flatten() if per_matrix else w2_scale,
+    }
+    if module.activation_scheme == "static":
+        scales["a13_scale"] = module.gate_up_proj_activation_scale.detach().float()
+        scales["a2_scale"] = module.down_proj_activation_scale.detach().float()
+    return scales
 
 
 def _gate_first(interleaved: torch.Tensor) -> torch.Tensor:

@@ -4,24 +4,36 @@ Example, N = 3 rows, K = 2, two experts, block_m = 2:
 
     local_ids          [[1, 0], [1, -1], [1, 0]]      pair p = n * K + k: 0 .. 5; -1 is skipped
     sorted_pairs       [1, 5 | 0, 2 | 4, 6 | ...]     expert 0: pairs 1, 5; expert 1: pairs 0, 2, 4 and one padding
+    slot_of_pair       [[2, 0], [3, -1], [4, 1]]      the inverse: where each pair went
     block_expert       [0, 1, 1, -1]                  one entry per block of two slots; -1 is unused
     expert_num_tokens  [2, 3]
+    num_blocks         [3]                            blocks in use
 
-Three launches, none with atomics, so the order is that of the pairs in every run:
+Up to ONE_LAUNCH_PAIRS pairs and ONE_LAUNCH_EXPERTS experts take one launch: every program counts all ids and then
+places its own share of pairs and blocks. More take three launches:
 
     count   chunk_counts[c, e] = pairs of expert e in chunk c of SORT_CHUNK pairs
     scan    chunk_counts[c, e] = pairs of expert e in the chunks before c; expert_num_tokens[e] = all of them
     place   slot of a pair = segment start of its expert + chunk_counts[c, e] + its rank within the chunk
 
-All sizes follow from (N, K, experts, block_m), see `tiling.max_num_blocks`: no host sync, capturable in a CUDA graph.
+Both forms keep the order of the pairs within an expert and so give the same bits in every run. All sizes follow from
+(N, K, experts, block_m), see `tiling.max_num_blocks`: no host sync, capturable in a CUDA graph.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from moe_plugin.kernels.tiling import SORT_CHUNK, cdiv
+from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.tiling import SORT_CHUNK, cdiv, next_power_of_2
 
+ONE_LAUNCH_PAIRS = 1024
+"""Up to here recounting all ids in every program costs less than two more launches."""
+ONE_LAUNCH_EXPERTS = 1024
+"""Counts of so many experts fit the registers of one program."""
+
+_SHARE = 32
+_ONE_LAUNCH_WARPS = 4
 _EXPERT_TILE = 64
 _CHUNK_TILE = 64
 _RANK_TILE = 32
@@ -86,12 +98,12 @@ def _load_segments(
 
 @triton.jit
 def _place_pairs(
-    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, chunk,
+    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, chunk,
     num_pairs, stride_n, stride_k,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     RANK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the pairs of one chunk to their slots."""
+    """Write the pairs of one chunk to their slots, and the slots to their pairs."""
     lanes = tl.arange(0, CHUNK)
     pairs = chunk * CHUNK + lanes
     ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
@@ -114,11 +126,32 @@ def _place_pairs(
         segment_end = tl.max(ends, axis=0)
 
     tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
+    tl.store(slot_of_pair_ptr + pairs, tl.where(ids >= 0, slots, -1), mask=pairs < num_pairs)
+
+
+@triton.jit
+def _store_blocks(
+    sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
+    blocks, block_expert, filled_end, last_end, tile, num_pairs, max_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the experts of one tile of blocks, their padding, and by tile 0 the number of blocks in use.
+
+    filled_end: per block, the end of the pairs of the last segment begun by its first slot. last_end: of all segments.
+    """
+    first_slots = blocks * BLOCK_M
+    in_range = blocks < max_blocks
+    tl.store(block_expert_ptr + blocks, tl.where(first_slots < last_end, block_expert, -1), mask=in_range)
+    slots = first_slots[:, None] + tl.arange(0, BLOCK_M)[None, :]
+    padding = in_range[:, None] & (slots >= filled_end[:, None])
+    tl.store(sorted_pairs_ptr + slots, tl.zeros([BLOCK_TILE, BLOCK_M], tl.int32) + num_pairs, mask=padding)
+    if tile == 0:
+        tl.store(num_blocks_ptr, last_end // BLOCK_M)
 
 
 @triton.jit
 def _label_blocks(
-    expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, tile, num_pairs, num_blocks,
+    expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, tile, num_pairs, max_blocks,
     NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Name the expert of each block of one tile and fill the slots that hold no pair."""
@@ -138,31 +171,75 @@ def _label_blocks(
         filled_end = tl.maximum(filled_end, tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1))
         segment_end = tl.max(ends, axis=0)
 
-    in_range = blocks < num_blocks
-    tl.store(block_expert_ptr + blocks, tl.where(first_slots < segment_end, block_expert, -1), mask=in_range)
-    slots = first_slots[:, None] + tl.arange(0, BLOCK_M)[None, :]
-    padding = in_range[:, None] & (slots >= filled_end[:, None])
-    tl.store(sorted_pairs_ptr + slots, tl.zeros([BLOCK_TILE, BLOCK_M], tl.int32) + num_pairs, mask=padding)
+    _store_blocks(
+        sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
+        blocks, block_expert, filled_end, segment_end, tile, num_pairs, max_blocks, BLOCK_M, BLOCK_TILE,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_chunks", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_chunks", "max_blocks"])
 def _place_kernel(
-    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr,
-    num_pairs, num_chunks, num_blocks, stride_n, stride_k,
+    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr,
+    sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
+    num_pairs, num_chunks, max_blocks, stride_n, stride_k,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
     RANK_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < num_chunks:
         _place_pairs(
-            local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, program,
+            local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, program,
             num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K, BLOCK_M, CHUNK, RANK_TILE, EXPERT_TILE,
         )  # fmt: skip
     else:
         _label_blocks(
-            expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, program - num_chunks,
-            num_pairs, num_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE, EXPERT_TILE,
+            expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, program - num_chunks,
+            num_pairs, max_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE, EXPERT_TILE,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
+def _one_launch_kernel(
+    local_ids_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
+    num_pairs, max_blocks, stride_n, stride_k,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """PAIRS and EXPERTS: num_pairs and NUM_EXPERTS rounded up to powers of two."""
+    program = tl.program_id(0)
+    all_pairs = tl.arange(0, PAIRS)
+    all_ids = _load_ids(local_ids_ptr, all_pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.histogram(all_ids, EXPERTS, mask=all_ids >= 0)
+    ends = tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M, axis=0)
+    starts = ends - (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if program == 0:
+        tl.store(expert_num_tokens_ptr + experts, counts, mask=experts < NUM_EXPERTS)
+
+    pairs = program * SHARE + tl.arange(0, SHARE)
+    ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
+    earlier = (ids[:, None] == all_ids[None, :]) & (all_pairs[None, :] < pairs[:, None])
+    slots = tl.sum(earlier.to(tl.int32), axis=1)
+    slots += tl.sum(tl.where(ids[:, None] == experts[None, :], starts[None, :], 0), axis=1)
+    tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
+    tl.store(slot_of_pair_ptr + pairs, tl.where(ids >= 0, slots, -1), mask=pairs < num_pairs)
+
+    # There are at most as many blocks as pairs, so the programs' shares of pairs number all blocks as well.
+    first_slots = pairs * BLOCK_M
+    passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
+    begun = starts[None, :] <= first_slots[:, None]
+    filled_end = tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1)
+    _store_blocks(
+        sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
+        pairs, tl.sum(passed.to(tl.int32), axis=1), filled_end, tl.max(ends, axis=0), program, num_pairs, max_blocks,
+        BLOCK_M, SHARE,
+    )  # fmt: skip
+
+
+_launch_one = Launcher(_one_launch_kernel)
+_launch_count = Launcher(_count_kernel)
+_launch_scan = Launcher(_scan_kernel)
+_launch_place = Launcher(_place_kernel)
 
 
 def counting_sort(
@@ -171,8 +248,10 @@ def counting_sort(
     block_m: int,
     *,
     sorted_pairs: torch.Tensor,
+    slot_of_pair: torch.Tensor,
     block_expert: torch.Tensor,
     expert_num_tokens: torch.Tensor,
+    num_blocks: torch.Tensor,
     chunk_counts: torch.Tensor,
 ) -> None:
     """Sort the pairs of `local_ids` by expert into buffers shaped by `tiling.counting_sort_shapes`.
@@ -180,30 +259,54 @@ def counting_sort(
     local_ids: int32 [N, K], any strides; entries outside [0, num_experts) are skipped.
     block_m: power of two.
     sorted_pairs: int32 [blocks * block_m], receives pair indices n * K + k; padding is N * K.
+    slot_of_pair: int32 [N, K], receives each pair's place in sorted_pairs; -1 for skipped pairs.
     block_expert: int32 [blocks], receives each block's expert; -1 past the last segment.
     expert_num_tokens: int32 [num_experts], receives the pairs of each expert.
+    num_blocks: int32 [1], receives the number of blocks in use.
     chunk_counts: int32 [chunks, num_experts], scratch.
     """
     num_pairs, top_k = local_ids.numel(), local_ids.shape[1]
-    if num_experts == 0:
-        return
-    if num_pairs == 0:
+    if num_experts == 0 or num_pairs == 0:
+        slot_of_pair.fill_(-1)
         expert_num_tokens.zero_()
+        num_blocks.zero_()
         return
-    num_chunks, num_blocks = chunk_counts.shape[0], block_expert.numel()
-    expert_tiles = cdiv(num_experts, _EXPERT_TILE)
+    max_blocks = block_expert.numel()
     stride_n, stride_k = local_ids.stride()
-    _count_kernel[(num_chunks, expert_tiles)](
-        local_ids, chunk_counts, num_pairs, stride_n, stride_k,
-        NUM_EXPERTS=num_experts, TOP_K=top_k, CHUNK=SORT_CHUNK, EXPERT_TILE=_EXPERT_TILE, num_warps=4,
-    )  # fmt: skip
-    _scan_kernel[(expert_tiles,)](
-        chunk_counts, expert_num_tokens, num_chunks,
-        NUM_EXPERTS=num_experts, CHUNK_TILE=_CHUNK_TILE, EXPERT_TILE=_EXPERT_TILE, num_warps=4,
-    )  # fmt: skip
-    _place_kernel[(num_chunks + cdiv(num_blocks, _BLOCK_TILE),)](
-        local_ids, chunk_counts, expert_num_tokens, sorted_pairs, block_expert,
-        num_pairs, num_chunks, num_blocks, stride_n, stride_k,
-        NUM_EXPERTS=num_experts, TOP_K=top_k, BLOCK_M=block_m, CHUNK=SORT_CHUNK, RANK_TILE=_RANK_TILE,
-        BLOCK_TILE=_BLOCK_TILE, EXPERT_TILE=_EXPERT_TILE, num_warps=8,
+    if num_pairs <= ONE_LAUNCH_PAIRS and num_experts <= ONE_LAUNCH_EXPERTS:
+        # No fewer lanes than threads, so that none counts another's pair a second time.
+        pairs_padded = max(next_power_of_2(num_pairs), 32 * _ONE_LAUNCH_WARPS)
+        experts_padded = max(next_power_of_2(num_experts), 32 * _ONE_LAUNCH_WARPS)
+        _launch_one(
+            (cdiv(num_pairs, _SHARE),),
+            (
+                local_ids, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
+                num_pairs, max_blocks, stride_n, stride_k,
+            ),
+            (num_experts, top_k, block_m, pairs_padded, experts_padded, _SHARE),
+            num_warps=_ONE_LAUNCH_WARPS,
+        )  # fmt: skip
+        return
+    num_chunks = chunk_counts.shape[0]
+    expert_tiles = cdiv(num_experts, _EXPERT_TILE)
+    _launch_count(
+        (num_chunks, expert_tiles),
+        (local_ids, chunk_counts, num_pairs, stride_n, stride_k),
+        (num_experts, top_k, SORT_CHUNK, _EXPERT_TILE),
+        num_warps=4,
+    )
+    _launch_scan(
+        (expert_tiles,),
+        (chunk_counts, expert_num_tokens, num_chunks),
+        (num_experts, _CHUNK_TILE, _EXPERT_TILE),
+        num_warps=4,
+    )
+    _launch_place(
+        (num_chunks + cdiv(max_blocks, _BLOCK_TILE),),
+        (
+            local_ids, chunk_counts, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
+            num_pairs, num_chunks, max_blocks, stride_n, stride_k,
+        ),
+        (num_experts, top_k, block_m, SORT_CHUNK, _RANK_TILE, _BLOCK_TILE, _EXPERT_TILE),
+        num_warps=8,
     )  # fmt: skip

@@ -7,11 +7,16 @@ Example, H = 1:
     weights  [[0.5, 2], [9, 1], [9, 9]]
     out      [[0.5 * 30 + 2 * 10], [1 * 20], [0]] = [[35], [20], [0]]
 
-An index below 0 skips its term: neither that row nor its weight is read. `pair_sum` is the case where term (t, j) has a
-row of its own. This module works without Triton; the torch form then adds in the same order.
+An index below 0 skips its term: neither that row nor its weight is read. This module works without Triton; the torch
+form then adds in the same order.
 """
 
+from typing import no_type_check
+
 import torch
+
+from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.tiling import cdiv
 
 try:
     import triton
@@ -21,30 +26,46 @@ try:
 except ImportError:
     triton = None
 
-_BLOCK_H = 1024
+_COLUMNS_PER_WARP = 256
+"""One 16-byte load per thread in 16-bit formats."""
+_MAX_WARPS = 4
+_ENOUGH_PROGRAMS = 1024
+"""Several per SM of a large GPU, so that the loads of some hide the latency of others."""
 
 if triton is not None:
 
     @triton.jit
+    @no_type_check  # a tuple that grows in an unrolled loop has no type
     def _row_sum_kernel(
         rows_ptr, index_ptr, weights_ptr, out_ptr, hidden_size,
         stride_row, stride_index_t, stride_index_j, stride_weights_t, stride_weights_j, stride_out,
-        TERMS: tl.constexpr, PAIRED: tl.constexpr, BLOCK_H: tl.constexpr,
+        TERMS: tl.constexpr, BLOCK_H: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         in_row = columns < hidden_size
+        # All loads of one kind stand before their first use, so that their latencies overlap.
+        indices = ()
+        for term in tl.static_range(TERMS):
+            indices += (tl.load(index_ptr + token * stride_index_t + term * stride_index_j),)
+        values = ()
+        for term in tl.static_range(TERMS):
+            row_ptr = rows_ptr + indices[term].to(tl.int64) * stride_row
+            values += (tl.load(row_ptr + columns, mask=in_row & (indices[term] >= 0), other=0.0),)
+        if weights_ptr is not None:
+            weights = ()
+            for term in tl.static_range(TERMS):
+                weight_ptr = weights_ptr + token * stride_weights_t + term * stride_weights_j
+                weights += (tl.load(weight_ptr, mask=indices[term] >= 0, other=0.0),)
         total = tl.zeros([BLOCK_H], tl.float32)
         for term in tl.static_range(TERMS):
-            index = tl.load(index_ptr + token * stride_index_t + term * stride_index_j)
-            used = index >= 0
-            row = token * TERMS + term if PAIRED else index.to(tl.int64)
-            value = tl.load(rows_ptr + row * stride_row + columns, mask=in_row & used, other=0.0).to(tl.float32)
+            value = values[term].to(tl.float32)
             if weights_ptr is not None:
-                weight_ptr = weights_ptr + token * stride_weights_t + term * stride_weights_j
-                value *= tl.load(weight_ptr, mask=used, other=0.0).to(tl.float32)
+                value *= weights[term].to(tl.float32)
             total += value
         tl.store(out_ptr + token * stride_out + columns, round_to(total, out_ptr.dtype.element_ty), mask=in_row)
+
+    _launch = Launcher(_row_sum_kernel)
 
 
 def row_sum(
@@ -60,54 +81,45 @@ def row_sum(
     a plain sum. out: float [T, H], rows may be strided; overwritten and returned.
     use_triton: None takes Triton for CUDA tensors where it is installed; True also under its interpreter.
     """
-    if _takes_triton(rows, use_triton):
-        return _launch(rows, index, weights, out, paired=False)
-    if rows.shape[0] == 0:
-        return out.zero_()
-    return _torch_sum(lambda j: rows[index[:, j].clamp(min=0)], index, weights, out)
-
-
-def pair_sum(
-    rows: torch.Tensor,
-    local_ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    out: torch.Tensor,
-    use_triton: bool | None = None,
-) -> torch.Tensor:
-    """out[t] = sum over j of weights[t, j] * rows[t * J + j] where local_ids[t, j] >= 0, in the order of j.
-
-    rows: float [T * J, H], one row per pair. local_ids: int32 [T, J]. The rest as for `row_sum`.
-    """
-    if _takes_triton(rows, use_triton):
-        return _launch(rows, local_ids, weights, out, paired=True)
-    pair_rows = rows.unflatten(0, local_ids.shape)
-    return _torch_sum(lambda j: pair_rows[:, j], local_ids, weights, out)
-
-
-def _takes_triton(rows: torch.Tensor, use_triton: bool | None) -> bool:
-    return rows.is_cuda and triton is not None if use_triton is None else use_triton
-
-
-def _launch(
-    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor, paired: bool
-) -> torch.Tensor:
-    num_tokens, terms = index.shape
-    hidden_size = out.shape[1]
+    if use_triton is None:
+        use_triton = rows.is_cuda and triton is not None
+    if not use_triton:
+        return _torch_sum(rows, index, weights, out)
     if out.numel() == 0:
         return out
+    num_tokens, terms = index.shape
+    hidden_size = out.shape[1]
+    num_warps = _num_warps(num_tokens, hidden_size)
+    block_h = _COLUMNS_PER_WARP * num_warps
     stride_weights_t, stride_weights_j = (0, 0) if weights is None else weights.stride()
-    _row_sum_kernel[(num_tokens, triton.cdiv(hidden_size, _BLOCK_H))](
-        rows, index, weights, out, hidden_size,
-        rows.stride(0), index.stride(0), index.stride(1), stride_weights_t, stride_weights_j, out.stride(0),
-        TERMS=terms, PAIRED=paired, BLOCK_H=_BLOCK_H, num_warps=4,
+    _launch(
+        (num_tokens, cdiv(hidden_size, block_h)),
+        (
+            rows, index, weights, out, hidden_size,
+            rows.stride(0), *index.stride(), stride_weights_t, stride_weights_j, out.stride(0),
+        ),
+        (terms, block_h),
+        num_warps=num_warps,
     )  # fmt: skip
     return out
 
 
-def _torch_sum(row_of_term, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+def _num_warps(num_tokens: int, hidden_size: int) -> int:
+    """As many warps a program as leave enough programs to fill the GPU."""
+    num_warps = _MAX_WARPS
+    while num_warps > 1 and num_tokens * cdiv(hidden_size, _COLUMNS_PER_WARP * num_warps) < _ENOUGH_PROGRAMS:
+        num_warps //= 2
+    return num_warps
+
+
+def _torch_sum(
+    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    if rows.shape[0] == 0:
+        return out.zero_()
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for j in range(index.shape[1]):
-        value = row_of_term(j).float()
+        value = rows[index[:, j].clamp(min=0)].float()
         if weights is not None:
             value = value * weights[:, j, None].float()
         # A skipped row may hold NaN, so it is left out rather than multiplied by zero.

@@ -8,9 +8,11 @@ Examples:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE
 
 SORT_CHUNK = 256
 """Pairs that one program of the counting sort handles."""
@@ -57,23 +59,42 @@ class BlockConfig:
 
 
 def block_config(rows_per_expert: int, dtype: torch.dtype, shared_memory: int) -> BlockConfig:
-    """Tile sizes for an expected number of rows per expert.
+    """Tile sizes of the first GEMM for an expected number of rows per expert and the dtype of its weights.
 
     Few rows: the GEMM reads weights and little else, so tiles are flat and several thread blocks share an SM. Many
     rows: tiles of 128 x 256 (128 x 128 before SM 90) reuse both operands. fp32 runs on the FMA units in full precision,
-    with small tiles.
+    with small tiles. fp8: a program quantizes groups of 128 columns, so there are 128 gate and 128 up rows of weights;
+    products live beside the sums they are added to, which leaves registers for 64 rows.
     block_m depends on the first two arguments only, since it also sizes workspaces; stages are what fits.
     """
     if dtype is torch.float32:
         block_m, block_n, block_k, num_warps = min(max(next_power_of_2(rows_per_expert), 16), 64), 64, 32, 4
+    elif dtype is FP8_DTYPE:
+        block_m, block_n, block_k = min(max(next_power_of_2(rows_per_expert), 16), 64), 2 * GROUP_SIZE, GROUP_SIZE
+        num_warps = 8 if block_m == 64 else 4
     else:
         block_m, block_n, block_k, num_warps = min(max(next_power_of_2(rows_per_expert), 16), 128), 128, 64, 4
         if block_m == 128:
             # Before wgmma the operands pass through registers, and accumulators of 256 columns leave none for them.
             block_n, num_warps = 256 if shared_memory >= _WIDE_TILE_SHARED_MEMORY else 128, 8
-    stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
-    num_stages = max(1, min(4, shared_memory // stage_bytes))
+    num_stages = _num_stages(block_m, block_n, block_k, dtype, shared_memory)
     return BlockConfig(block_m, block_n, block_k, group_m=8, num_warps=num_warps, num_stages=num_stages)
+
+
+def down_block_config(block: BlockConfig, dtype: torch.dtype, shared_memory: int) -> BlockConfig:
+    """Tile sizes of the second GEMM beside a first one in tiles of `block`, with which it shares the sorted rows.
+
+    The same, except that fp8 tiles of few rows need not be as wide as a gate tile and an up tile together.
+    """
+    if dtype is not FP8_DTYPE or block.block_m == 64:
+        return block
+    num_stages = _num_stages(block.block_m, GROUP_SIZE, block.block_k, dtype, shared_memory)
+    return replace(block, block_n=GROUP_SIZE, num_stages=num_stages)
+
+
+def _num_stages(block_m: int, block_n: int, block_k: int, dtype: torch.dtype, shared_memory: int) -> int:
+    stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
+    return max(1, min(4, shared_memory // stage_bytes))
 
 
 def max_num_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -84,12 +105,15 @@ def max_num_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
     return min(num_pairs, cdiv(num_pairs + padding, block_m))
 
 
-def counting_sort_shapes(num_pairs: int, num_experts: int, block_m: int) -> dict[str, tuple[int, ...]]:
+def counting_sort_shapes(num_rows: int, top_k: int, num_experts: int, block_m: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the int32 tensors that `counting_sort` writes, by the name of its argument."""
-    num_blocks = max_num_blocks(num_pairs, num_experts, block_m)
+    num_pairs = num_rows * top_k
+    max_blocks = max_num_blocks(num_pairs, num_experts, block_m)
     return {
-        "sorted_pairs": (num_blocks * block_m,),
-        "block_expert": (num_blocks,),
+        "sorted_pairs": (max_blocks * block_m,),
+        "slot_of_pair": (num_rows, top_k),
+        "block_expert": (max_blocks,),
         "expert_num_tokens": (num_experts,),
+        "num_blocks": (1,),
         "chunk_counts": (cdiv(num_pairs, SORT_CHUNK), num_experts),
     }

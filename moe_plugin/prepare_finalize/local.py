@@ -7,16 +7,27 @@ alone is an error there and a lost peer on the others.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
 from moe_plugin.environment import Environment
+from moe_plugin.errors import InputError
 from moe_plugin.modular_kernel import Dispatched, DispatchHandle, PrepareAndFinalize, RouterWeightStage
 from moe_plugin.prepare_finalize.communicator import Communicator
 from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors
 from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
 from moe_plugin.verdict import Gate, Verdict, gate_dtype
 from moe_plugin.workspace import WorkspaceArena
+
+
+@dataclass(slots=True)
+class LocalHandle(DispatchHandle):
+    """inputs: hidden_states of the call. result: the caller's memory that the experts were to write into, or None."""
+
+    inputs: torch.Tensor
+    result: torch.Tensor | None = None
 
 
 class Local(PrepareAndFinalize):
@@ -48,32 +59,55 @@ class Local(PrepareAndFinalize):
         max_num_tokens: int | None = None,
     ) -> Dispatched:
         self._errors.raise_pending()
-        destinations = self._lookup(topk_ids)
-        self._errors.record(destinations.flags)
-        activations, weights, stage = weigh_input(self.config, hidden_states, topk_weights)
-        handle = DispatchHandle(self, hidden_states.shape[0], self.arena.lease())
+        workspace = self.arena.lease()
+        try:
+            if self.config.apply_router_weight_on_input:
+                local_ids, _ = self._lookup.local(topk_ids, None, workspace, self._errors)
+                activations, weights, stage = weigh_input(self.config, hidden_states, topk_weights)
+            else:
+                local_ids, weights = self._lookup.local(topk_ids, topk_weights, workspace, self._errors)
+                activations, stage = hidden_states, RouterWeightStage.EXPERTS_GATHER
+        except InputError:
+            workspace.release()
+            raise
         return Dispatched(
             activations=activations if activations.stride(1) == 1 else activations.contiguous(),
             activation_format=self.activation_format,
             router_weight_stage=stage,
-            handle=handle,
-            local_ids=destinations.slot,
+            handle=LocalHandle(self, hidden_states.shape[0], workspace, hidden_states),
+            local_ids=local_ids,
             topk_weights=weights,
         )
+
+    def expert_output(self, handle: DispatchHandle, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        assert isinstance(handle, LocalHandle)
+        if out is None or not out.is_contiguous() or _share_memory(out, handle.inputs):
+            # Not the workspace, which the next call reuses, nor what the experts are still reading.
+            out = torch.empty_like(handle.inputs, memory_format=torch.contiguous_format)
+        handle.result = out
+        return out
 
     def finalize(
         self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         handle.consume(self)
-        # Experts write into the workspace, which the next call reuses, so the result needs memory of its own.
-        total = out if out is not None and out.is_contiguous() else torch.empty_like(expert_output)
-        total.copy_(expert_output)
-        self._tp.all_reduce(total, "combine").wait()
+        assert isinstance(handle, LocalHandle)
+        if expert_output is handle.result:
+            total = expert_output
+        else:
+            total = out if out is not None and out.is_contiguous() else torch.empty_like(expert_output)
+            total.copy_(expert_output)
+        if self._tp.size > 1:
+            self._tp.all_reduce(total, "combine").wait()
         handle.workspace.release()
         return total if out is None or out is total else out.copy_(total)
 
     def check_errors(self) -> None:
         self._errors.raise_pending(synchronize=True)
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def weigh_input(

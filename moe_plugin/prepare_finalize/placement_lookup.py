@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_plugin.config import MoEConfig, PlacementTables
-from moe_plugin.prepare_finalize.deferred_errors import expert_id_flag
+from moe_plugin.config import MoEConfig
+from moe_plugin.kernels.placement_lookup import LookupTables, placement_lookup, uses_triton
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
+from moe_plugin.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +22,62 @@ class Destinations:
 
 
 class PlacementLookup:
-    """Looks up destinations for one configuration; tables move to the device once."""
+    """Looks up destinations for one configuration; tables move to the device once.
 
-    def __init__(self, config: MoEConfig, device: torch.device) -> None:
-        self._num_experts = config.num_experts
-        self._has_replicas = config.expert_placement.max_replicas > 1
-        self._tables: PlacementTables = config.expert_placement.tables(device)
+    Replicas are taken in turn by token index. Ids outside [-1, E) are flagged and treated as dropped, so that no later
+    step goes out of bounds.
+    """
+
+    def __init__(self, config: MoEConfig, device: torch.device, use_triton: bool | None = None) -> None:
+        self._tables = LookupTables.of(config.expert_placement.tables(device))
+        self._use_triton = uses_triton(device) if use_triton is None else use_triton
 
     def __call__(self, topk_ids: torch.Tensor, first_token: int = 0) -> Destinations:
-        """topk_ids int [T, K] of tokens first_token, first_token + 1, ...; replicas are taken in turn by token index.
-
-        Ids outside [-1, E) raise the flag and are treated as dropped, so that no later step goes out of bounds.
-        """
-        topk_ids = topk_ids.contiguous()
-        kept = (topk_ids >= 0) & (topk_ids < self._num_experts)
-        safe = topk_ids.clamp(0, self._num_experts - 1).long()
-        if self._has_replicas:
-            token = torch.arange(first_token, first_token + topk_ids.shape[0], device=topk_ids.device).unsqueeze(1)
-            replica = token % self._tables.num_replicas[safe]
-            rank, slot = self._tables.rank[safe, replica], self._tables.slot[safe, replica]
-        else:
-            rank, slot = self._tables.rank[safe, 0], self._tables.slot[safe, 0]
-        return Destinations(
-            rank=torch.where(kept, rank, -1),
-            slot=torch.where(kept, slot, -1),
-            flags=expert_id_flag(topk_ids, self._num_experts),
+        """topk_ids int [T, K] of tokens first_token, first_token + 1, ..."""
+        rank, slot = (torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device) for _ in range(2))
+        flags = torch.zeros(1, dtype=torch.int32, device=topk_ids.device)
+        placement_lookup(
+            topk_ids,
+            self._tables,
+            slot,
+            flags,
+            _EXPERT_ID,
+            rank=rank,
+            first_token=first_token,
+            use_triton=self._use_triton,
         )
+        return Destinations(rank, slot, flags)
+
+    def local(
+        self, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, workspace: Workspace, errors: DeferredErrors
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Slots of a placement on one rank, int32 [T, K], and `topk_weights` as fp32, in `workspace` where new.
+
+        Wrong ids go to `errors`, which raises at once on CPU.
+        """
+        shape = topk_ids.shape
+        slot = workspace.tensor("local_ids", shape, torch.int32)
+        weights = None
+        if topk_weights is not None and topk_weights.dtype is not torch.float32:
+            weights = workspace.tensor("topk_weights", shape, torch.float32)
+        given = None if weights is None else topk_weights
+        word = errors.kernel_word() if self._use_triton else None
+        flags = torch.zeros(1, dtype=torch.int32, device=topk_ids.device) if word is None else word
+        placement_lookup(
+            topk_ids,
+            self._tables,
+            slot,
+            flags,
+            _EXPERT_ID,
+            topk_weights=given,
+            weights=weights,
+            use_triton=self._use_triton,
+        )
+        if word is None:
+            errors.record(flags)
+        else:
+            errors.launched()
+        return slot, topk_weights if weights is None else weights
+
+
+_EXPERT_ID = int(ErrorFlag.EXPERT_ID)

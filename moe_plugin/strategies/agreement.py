@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from moe_plugin.config import ParallelConfig
 from moe_plugin.errors import StrategyMismatchError, rebuild
 from moe_plugin.prepare_finalize.communicator import Communicator
+
+T = TypeVar("T")
 
 Account = tuple[tuple[str, str] | None, dict[str, str]]
 """What one rank tells the others: its problem (class name, message) if any, and its fields."""
@@ -18,7 +21,8 @@ def agree(parallel: ParallelConfig, fields: Mapping[str, str], problem: Exceptio
     Raises, on all ranks alike: the first rank's problem if any rank has one, else StrategyMismatchError when the
     fields differ.
     """
-    accounts = _gather(parallel, (None if problem is None else (type(problem).__name__, str(problem)), dict(fields)))
+    mine: Account = (None if problem is None else (type(problem).__name__, str(problem)), dict(fields))
+    accounts = gather(parallel, mine, "strategy agreement")
     for rank, (reported, _) in accounts.items():
         if reported is not None:
             if parallel.world_size == 1 and problem is not None:
@@ -35,12 +39,13 @@ def agree(parallel: ParallelConfig, fields: Mapping[str, str], problem: Exceptio
         raise StrategyMismatchError(f"the ranks of one layer disagree on {shown}", differing)
 
 
-def _gather(parallel: ParallelConfig, mine: Account) -> dict[int, Account]:
+def gather(parallel: ParallelConfig, mine: T, phase: str) -> dict[int, T]:
+    """What every rank of the layer brings, by rank. `phase` names the exchange in the error for a lost peer."""
     ep = Communicator(parallel.ep_group, parallel.ep_size, parallel.ep_rank, parallel.timeout_seconds)
     tp = Communicator(parallel.tp_group, parallel.tp_size, parallel.tp_rank, parallel.timeout_seconds)
-    by_tp = tp.gather_objects(ep.gather_objects(mine, "strategy agreement"), "strategy agreement")
+    by_tp = tp.gather_objects(ep.gather_objects(mine, phase), phase)
     return {
-        ep_rank * tp.size + tp_rank: account for tp_rank, row in enumerate(by_tp) for ep_rank, account in enumerate(row)
+        ep_rank * tp.size + tp_rank: theirs for tp_rank, row in enumerate(by_tp) for ep_rank, theirs in enumerate(row)
     }
 
 

@@ -14,7 +14,7 @@ from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import DtypeError, MemoryLimitError
 from moe_plugin.modular_kernel import Experts, ExpertWeights, ModularKernel, MoELayer, MonolithicKernel
-from moe_plugin.strategies.agreement import agree
+from moe_plugin.strategies.agreement import agree, gather
 from moe_plugin.strategies.names import AUTO
 from moe_plugin.strategies.phases import PhasedLayer
 from moe_plugin.strategies.report import Entry, SelectionReport
@@ -34,13 +34,17 @@ def build(
     w2_scale: torch.Tensor | None = None,
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    a13_scale: torch.Tensor | None = None,
+    a2_scale: torch.Tensor | None = None,
     environment: Environment | None = None,
     arena: WorkspaceArena | None = None,
 ) -> MoELayer:
     """Choose a strategy and build the layer. Collective over the ranks of `config.parallel`.
 
     w13 [local_experts, 2I, H], gate rows first, and w2 [local_experts, H, I]: this rank's experts, in the order of its
-    placement; w13_scale and w2_scale for fp8; w13_bias and w2_bias when config.has_bias.
+    placement; w13_bias and w2_bias, in config.dtype, when config.has_bias.
+    w13_scale, w2_scale: fp32, for fp8 weights, in a shape that moe_plugin.quantization lists; with static activations
+    also a13_scale and a2_scale, each a scalar, [1] or [local_experts]. Ranks use the largest a13_scale of them all.
     strategy: `auto`, a pair, an alias, or `decode=...,prefill=...`.
     environment: the machine, probed when None. arena: workspace memory, shared by all layers on a device when None.
 
@@ -48,7 +52,7 @@ def build(
     MemoryLimitError when the workspace cannot fit the device.
     """
     given = {"w13": w13, "w2": w2, "w13_bias": w13_bias, "w2_bias": w2_bias}
-    given |= {"w13_scale": w13_scale, "w2_scale": w2_scale}
+    given |= {"w13_scale": w13_scale, "w2_scale": w2_scale, "a13_scale": a13_scale, "a2_scale": a2_scale}
     report, weights, layer = None, None, None
     problem: Exception | None = None
     try:
@@ -61,6 +65,10 @@ def build(
     fields = config.shared_fields() | {"strategy": report.chosen_text() if report else ""}
     agree(config.parallel, fields, problem)
     assert report is not None and weights is not None
+    if weights.a13_scale is not None:
+        # A row is quantized once for all its experts, on whichever ranks they are.
+        largest = max(gather(config.parallel, weights.a13_scale.item(), "static scales").values())
+        weights = replace(weights, a13_scale=torch.full_like(weights.a13_scale, largest))
     # What a layer keeps is written by every call, in inference mode or not.
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -83,6 +91,7 @@ def _checked_weights(config: MoEConfig, given: Mapping[str, torch.Tensor | None]
     detached: dict[str, Any] = {name: None if tensor is None else tensor.detach() for name, tensor in given.items()}
     weights = ExpertWeights(**detached)
     weights.check(config)
+    weights = weights.canonical(config)
     if weights.w2_bias is not None and config.parallel.tp_rank > 0:
         # TP ranks add up their outputs, and the bias belongs into the sum once.
         weights = replace(weights, w2_bias=torch.zeros_like(weights.w2_bias))

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from moe_plugin.config import MoEConfig
+from moe_plugin.config import Fp8Block, Fp8PerToken, MoEConfig
 from moe_plugin.modular_kernel import MoELayer
+from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES, Tolerance
+from moe_plugin.quantization import FP8_MAX, dequantize_weights, has_static_activations, quantize_weights
 from moe_plugin.reference import reference_moe
 from moe_plugin.strategies.build import build
 from moe_plugin.testing.rank_pool import RankContext
@@ -25,12 +27,16 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """All experts of a layer: w13 [E, 2I, H], w2 [E, H, I], biases [E, 2I] and [E, H] or None."""
+    """All experts of a layer: w13 [E, 2I, H], w2 [E, H, I], biases [E, 2I] and [E, H] or None; fp8 has its scales."""
 
     w13: torch.Tensor
     w2: torch.Tensor
     w13_bias: torch.Tensor | None
     w2_bias: torch.Tensor | None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    a13_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
 
     @classmethod
     def random(cls, config: MoEConfig, device: torch.device, seed: int = 0) -> Weights:
@@ -41,11 +47,35 @@ class Weights:
         def normal(*shape: int, scale: float) -> torch.Tensor:
             return (torch.randn(*shape, generator=generator) * scale).to(device, config.dtype)
 
-        return cls(
+        weights = cls(
             w13=normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
             w2=normal(experts, hidden, inner, scale=2 * inner**-0.5),
             w13_bias=normal(experts, 2 * inner, scale=0.5) if config.has_bias else None,
             w2_bias=normal(experts, hidden, scale=0.5) if config.has_bias else None,
+        )
+        return weights if config.quantization is None else weights.quantized(config)
+
+    def quantized(self, config: MoEConfig) -> Weights:
+        """The same in fp8. Static activation scales differ between experts and fit `Inputs.random`."""
+        scheme = config.quantization
+        assert scheme is not None
+        w13, w13_scale = quantize_weights(self.w13, scheme, halves=2)
+        w2, w2_scale = quantize_weights(self.w2, scheme)
+        a13_scale = a2_scale = None
+        if has_static_activations(scheme):
+            spread = torch.linspace(0.5, 1, config.num_experts, device=self.w13.device)
+            a13_scale, a2_scale = 6 / FP8_MAX * spread, 24 / FP8_MAX * spread
+        return Weights(w13, w2, self.w13_bias, self.w2_bias, w13_scale, w2_scale, a13_scale, a2_scale)
+
+    def dequantized(self, config: MoEConfig) -> Weights:
+        """What fp8 weights stand for, in fp32."""
+        scheme = config.quantization
+        assert scheme is not None and self.w13_scale is not None and self.w2_scale is not None
+        return Weights(
+            w13=dequantize_weights(self.w13, self.w13_scale, scheme, halves=2),
+            w2=dequantize_weights(self.w2, self.w2_scale, scheme),
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
         )
 
     def of_rank(self, config: MoEConfig) -> dict[str, Any]:
@@ -53,18 +83,38 @@ class Weights:
         parallel = config.parallel
         mine = list(config.expert_placement.experts_of_rank[parallel.ep_rank])
         inner = config.local_intermediate_size
-        columns = slice(parallel.tp_rank * inner, (parallel.tp_rank + 1) * inner)
 
-        def gate_and_up(tensor: torch.Tensor) -> torch.Tensor:
-            halves = tensor[mine].unflatten(1, (2, -1))
-            return halves[:, :, columns].flatten(1, 2).contiguous()
+        def columns(unit: int = 1) -> slice:
+            return slice(parallel.tp_rank * inner // unit, -(-(parallel.tp_rank + 1) * inner // unit))
 
+        def of_experts(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[mine].contiguous()
+
+        def gate_and_up(tensor: torch.Tensor | None, unit: int = 1) -> torch.Tensor | None:
+            return None if tensor is None else _of_halves(tensor[mine], columns(unit))
+
+        w13_scale, w2_scale = of_experts(self.w13_scale), of_experts(self.w2_scale)
+        if isinstance(config.quantization, Fp8Block):
+            assert w2_scale is not None
+            w13_scale = gate_and_up(self.w13_scale, config.quantization.block_n)
+            w2_scale = w2_scale[..., columns(config.quantization.block_k)].contiguous()
+        elif isinstance(config.quantization, Fp8PerToken):
+            w13_scale = gate_and_up(self.w13_scale)
         return {
             "w13": gate_and_up(self.w13),
-            "w2": self.w2[mine][..., columns].contiguous(),
-            "w13_bias": None if self.w13_bias is None else gate_and_up(self.w13_bias),
-            "w2_bias": None if self.w2_bias is None else self.w2_bias[mine].contiguous(),
+            "w2": self.w2[mine][..., columns()].contiguous(),
+            "w13_bias": gate_and_up(self.w13_bias),
+            "w2_bias": of_experts(self.w2_bias),
+            "w13_scale": w13_scale,
+            "w2_scale": w2_scale,
+            "a13_scale": of_experts(self.a13_scale),
+            "a2_scale": of_experts(self.a2_scale),
         }
+
+
+def _of_halves(tensor: torch.Tensor, columns: slice) -> torch.Tensor:
+    """[E, 2N, ...], gate then up -> `columns` of both."""
+    return tensor.unflatten(1, (2, -1))[:, :, columns].flatten(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -128,20 +178,38 @@ class Case:
         """Inputs of this rank: TP ranks get the same ones, EP ranks their own."""
         return Inputs.random(self.config, num_tokens, self.context.device, seed * 100 + self.config.parallel.ep_rank)
 
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far the layer may be from `expected`."""
+        return TOLERANCES[self.config.dtype] if self.config.quantization is None else FP8_TOLERANCE
+
     def expected(self, inputs: Inputs) -> torch.Tensor:
         """The oracle's answer, fp32."""
-        config, weights = self.config, self.weights
-        return reference_moe(
-            *inputs.as_tuple(),
-            weights.w13,
-            weights.w2,
-            w13_bias=weights.w13_bias,
-            w2_bias=weights.w2_bias,
-            activation=config.activation,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_limit=config.swiglu_limit,
-            apply_router_weight_on_input=config.apply_router_weight_on_input,
-        )
+        return oracle(self.config, self.weights, inputs)
+
+    def expected_unquantized(self, inputs: Inputs) -> torch.Tensor:
+        """The oracle's answer on dequantized weights and activations as they are, fp32."""
+        return oracle(replace(self.config, quantization=None), self.weights.dequantized(self.config), inputs)
+
+
+def oracle(config: MoEConfig, weights: Weights, inputs: Inputs) -> torch.Tensor:
+    """reference_moe of a whole layer."""
+    return reference_moe(
+        *inputs.as_tuple(),
+        weights.w13,
+        weights.w2,
+        w13_bias=weights.w13_bias,
+        w2_bias=weights.w2_bias,
+        activation=config.activation,
+        swiglu_alpha=config.swiglu_alpha,
+        swiglu_limit=config.swiglu_limit,
+        apply_router_weight_on_input=config.apply_router_weight_on_input,
+        quantization=config.quantization,
+        w13_scale=weights.w13_scale,
+        w2_scale=weights.w2_scale,
+        a13_scale=weights.a13_scale,
+        a2_scale=weights.a2_scale,
+    )
 
 
 def tokens_of_rank(context: RankContext, tp_size: int, *counts: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_plugin.config import Activation, ExpertPlacement
+from moe_plugin.config import Activation, ExpertPlacement, Fp8Block, Fp8PerTensor, Fp8PerToken, QuantConfig
 from moe_plugin.errors import (
     CapacityError,
     DtypeError,
@@ -24,7 +24,7 @@ from moe_plugin.errors import (
     TooManyTokensError,
 )
 from moe_plugin.modular_kernel import ModularKernel, MoELayer, MonolithicKernel, StrategyPart
-from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.numerics import FP8_NOISE, assert_close_to_oracle
 from moe_plugin.testing.cases import Case, Inputs, tokens_of_rank
 from moe_plugin.testing.poison import poisoned_empty
 from moe_plugin.testing.rank_pool import RankContext
@@ -59,7 +59,7 @@ def check_call(case: Case, inputs: Inputs, **options: Any) -> torch.Tensor:
     for tensor, copy in zip(inputs.as_tuple(), before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True, msg="an input was changed")
     assert out.shape == inputs.hidden_states.shape and out.dtype == case.config.dtype
-    assert_close_to_oracle(out, case.expected(inputs), case.config.dtype)
+    assert_close_to_oracle(out, case.expected(inputs), case.tolerance)
     return out
 
 
@@ -426,10 +426,13 @@ def capacity_overflow_raises(context: RankContext, strategy: str, dtype: torch.d
 def cuda_graph_replay(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
     if context.device.type != "cuda":
         raise Refused("CUDA graphs need a CUDA device")
-    case = Case(
-        context, strategy, dtype, {"cuda_graph": True, "max_tokens_per_rank": 16, "num_experts": 16, "top_k": 4}
+    _check_graph_replay(
+        Case(context, strategy, dtype, {"cuda_graph": True, "max_tokens_per_rank": 16, "num_experts": 16, "top_k": 4})
     )
-    static = case.inputs(16)
+
+
+def _check_graph_replay(case: Case) -> None:
+    context, static = case.context, case.inputs(16)
     for _ in range(3):
         case.layer(*static.as_tuple())
     torch.cuda.synchronize()
@@ -445,7 +448,7 @@ def cuda_graph_replay(context: RankContext, strategy: str, dtype: torch.dtype) -
             target.copy_(source)
         graph.replay()
         case.layer.check_errors()
-        assert_close_to_oracle(out, case.expected(fresh), dtype)
+        assert_close_to_oracle(out, case.expected(fresh), case.tolerance)
     if context.rank == context.size - 1:
         static.topk_ids[0, 0] = case.config.num_experts
     graph.replay()
@@ -471,3 +474,135 @@ def host_syncs_as_declared(context: RankContext, strategy: str, dtype: torch.dty
             case.layer(*inputs.as_tuple())
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+FP8_SCHEMES: dict[str, QuantConfig] = {
+    "fp8_block": Fp8Block(),
+    "fp8_per_token": Fp8PerToken(),
+    "fp8_per_tensor": Fp8PerTensor(),
+    "fp8_per_tensor_static": Fp8PerTensor(static_activations=True),
+}
+
+
+def fp8_case(
+    context: RankContext, strategy: str, dtype: torch.dtype, scheme: QuantConfig, tp_size: int = 1, **overrides: Any
+) -> Case:
+    """A layer in one fp8 scheme, by default with groups of 128 columns that are cut short.
+
+    The arithmetic of an fp8 layer hardly depends on the dtype around it, so its rows run in one.
+    """
+    if dtype != torch.bfloat16:
+        raise Refused("rows of the matrix in fp8 run once, in bfloat16")
+    sizes = {"num_experts": 6, "hidden_size": 192, "intermediate_size": 160}
+    return Case(context, strategy, dtype, sizes | {"quantization": scheme} | overrides, tp_size)
+
+
+def _fp8_check(name: str, scheme: QuantConfig) -> None:
+    def matches_both_oracles(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+        case = fp8_case(context, strategy, dtype, scheme, has_bias=True)
+        for counts in ((33, 20), (0, 3), (1, 0)):
+            inputs = case.inputs(tokens_of_rank(context, 1, *counts))
+            out = check_call(case, inputs)
+            assert_close_to_oracle(out, case.expected_unquantized(inputs), FP8_NOISE)
+
+    matches_both_oracles.__name__ = name
+    check(matches_both_oracles)
+
+
+for _name, _scheme in FP8_SCHEMES.items():
+    _fp8_check(_name, _scheme)
+
+
+@check
+def fp8_extreme_values(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    for scheme in FP8_SCHEMES.values():
+        # An activation that is linear near zero and unbounded: tiny rows stay visible, huge ones huge.
+        linear: dict[str, Any] = {"activation": Activation.SWIGLU_OAI, "swiglu_limit": 1e6}
+        case = fp8_case(context, strategy, dtype, scheme, **linear)
+        inputs = case.inputs(15)
+        states = inputs.hidden_states
+        states[0:3] = 0
+        states[3:6] *= 3e4
+        # Under the least scale, 1e-4 / 448, these are subnormal in e4m3.
+        states[6:9] *= 1e-9
+        states[9:12] = 448 * states[9:12].sign()
+        states[12:15] *= 448 / states[12:15].abs().amax(dim=1, keepdim=True)
+        # Each kind of row on its own: next to a huge row any error of a tiny one would pass.
+        out, expected = case.layer(*inputs.as_tuple()), case.expected(inputs)
+        assert out.isfinite().all() and expected.isfinite().all()
+        assert (out[0:3] == 0).all(), "a row of zeros gives zeros without a bias"
+        for rows in (slice(3, 6), slice(6, 9), slice(9, 12), slice(12, 15)):
+            assert_close_to_oracle(out[rows], expected[rows], case.tolerance)
+
+
+@check
+def fp8_nan_and_inf_stay_in_their_token(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    for name, scheme in FP8_SCHEMES.items():
+        case = fp8_case(context, strategy, dtype, scheme)
+        inputs = case.inputs(6)
+        ids = inputs.topk_ids.clone()
+        ids[:] = ids[0]
+        clean = case.layer(*inputs.with_ids(ids).as_tuple())
+        dirty = inputs.hidden_states.clone()
+        dirty[1, 5], dirty[4, 3] = float("nan"), float("inf")
+        out = case.layer(dirty, ids, inputs.topk_weights)
+        assert not out[1].isfinite().any(), "NaN must not be rounded away"
+        # A given scale saturates what a measured one cannot represent.
+        assert out[4].isfinite().all() == (name == "fp8_per_tensor_static")
+        others = [0, 2, 3, 5]
+        assert torch.equal(out[others], clean[others]), "NaN or Inf of one token reached another"
+
+
+@check
+def fp8_odd_sizes(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    for scheme in FP8_SCHEMES.values():
+        fp8_case(context, strategy, dtype, scheme)  # a refusal of ordinary sizes is no answer to odd ones
+        for hidden, inner in ((72, 40), (96, 17)):
+            try:
+                case = fp8_case(context, strategy, dtype, scheme, hidden_size=hidden, intermediate_size=inner)
+            except StrategyUnsupportedError as refusal:
+                assert str(hidden) in str(refusal) or str(inner) in str(refusal), (
+                    f"refusal does not name the size: {refusal}"
+                )
+                continue
+            check_call(case, case.inputs(9))
+
+
+@check
+def fp8_router_weight_on_input(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    for scheme in FP8_SCHEMES.values():
+        case = fp8_case(context, strategy, dtype, scheme, top_k=1, apply_router_weight_on_input=True)
+        check_call(case, case.inputs(9))
+
+
+@check
+def fp8_repeatable(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    case = fp8_case(context, strategy, dtype, Fp8Block())
+    if not all(part.deterministic for part in parts(case.layer)):
+        raise Refused("not declared deterministic")
+    inputs = case.inputs(11)
+    first = check_call(case, inputs)
+    case.layer(*case.inputs(5, seed=1).as_tuple())
+    assert torch.equal(case.layer(*inputs.as_tuple()), first), "the same input gave different bits"
+
+
+@check
+def fp8_tensor_parallel(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    if context.size % 2:
+        raise Refused("tensor parallelism of 2 needs an even number of ranks")
+    for scheme in FP8_SCHEMES.values():
+        for tp_size in {2, context.size}:
+            # Groups of the intermediate start with a rank's slice: they are those of one rank if slices are whole.
+            sizes = {"hidden_size": 160, "intermediate_size": 128 * tp_size, "num_experts": 4}
+            case = fp8_case(context, strategy, dtype, scheme, tp_size, **sizes, has_bias=True)
+            for counts in ((9, 3), (0, 4)):
+                check_call(case, case.inputs(tokens_of_rank(context, tp_size, *counts)))
+
+
+@check
+def fp8_cuda_graph_replay(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    if context.device.type != "cuda":
+        raise Refused("CUDA graphs need a CUDA device")
+    for scheme in FP8_SCHEMES.values():
+        captured: dict[str, Any] = {"cuda_graph": True, "max_tokens_per_rank": 16}
+        _check_graph_replay(fp8_case(context, strategy, dtype, scheme, num_experts=16, top_k=4, **captured))

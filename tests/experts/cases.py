@@ -16,8 +16,9 @@ from moe_plugin.modular_kernel import (
     ExpertWeights,
     RouterWeightStage,
 )
-from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES, Tolerance, assert_close_to_oracle
 from moe_plugin.reference import reference_moe
+from moe_plugin.testing.cases import Weights
 from moe_plugin.workspace import WorkspaceArena
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +42,11 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: fl
 
 
 def make_weights(config: MoEConfig) -> ExpertWeights:
-    """This rank's experts, scaled so that outputs have about the size of inputs."""
+    """This rank's experts, scaled so that outputs have about the size of inputs, as Experts get them."""
+    if config.quantization is not None:
+        weights = ExpertWeights(**Weights.random(config, torch.device(DEVICE)).of_rank(config))
+        weights.check(config)
+        return weights.canonical(config)
     experts, inner, hidden = config.num_local_experts, config.local_intermediate_size, config.hidden_size
     bias = config.has_bias
     return ExpertWeights(
@@ -77,7 +82,12 @@ class Layer:
         return normal(num_rows, self.config.hidden_size, seed=5, dtype=self.config.dtype)
 
     def apply(
-        self, activations: torch.Tensor, *, handle: DispatchHandle | None = None, **fields: torch.Tensor | None
+        self,
+        activations: torch.Tensor,
+        *,
+        handle: DispatchHandle | None = None,
+        output: torch.Tensor | None = None,
+        **fields: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run the experts on a dispatch made of `activations` and `fields`; Standard when there are local_ids."""
         handle = handle or self.handle(activations.shape[0])
@@ -90,7 +100,7 @@ class Layer:
             handle=handle,
             **fields,
         )
-        return self.experts.apply(dispatched, handle.workspace)
+        return self.experts.apply(dispatched, handle.workspace, output)
 
     def handle(self, num_rows: int) -> DispatchHandle:
         return DispatchHandle(owner=None, num_tokens=num_rows, workspace=self.arena.lease())  # type: ignore[arg-type]
@@ -110,7 +120,17 @@ class Layer:
             activation=config.activation,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
+            quantization=config.quantization,
+            w13_scale=weights.w13_scale,
+            w2_scale=weights.w2_scale,
+            a13_scale=weights.a13_scale,
+            a2_scale=weights.a2_scale,
         )
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far a result may be from `expected`."""
+        return TOLERANCES[self.config.dtype] if self.config.quantization is None else FP8_TOLERANCE
 
     def check_standard(
         self, activations: torch.Tensor, local_ids: torch.Tensor, topk_weights: torch.Tensor | None = None
@@ -120,7 +140,7 @@ class Layer:
         assert out.shape == activations.shape
         assert out.dtype is self.config.dtype
         assert out.is_contiguous()
-        assert_close_to_oracle(out, self.expected(activations, local_ids, topk_weights), self.config.dtype)
+        assert_close_to_oracle(out, self.expected(activations, local_ids, topk_weights), self.tolerance)
         for tensor, copy in zip((activations, local_ids), before, strict=True):
             assert torch.equal(tensor, copy)
         return out
@@ -138,5 +158,5 @@ class Layer:
         assert out.dtype is config.dtype
         assert out.is_contiguous()
         local_ids = used.nonzero()[:, :1].int()
-        assert_close_to_oracle(out[used], self.expected(activations[used], local_ids, None), config.dtype)
+        assert_close_to_oracle(out[used], self.expected(activations[used], local_ids, None), self.tolerance)
         return out

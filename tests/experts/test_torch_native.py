@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from moe_plugin.config import Activation, Fp8PerToken, ParallelConfig
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, ParallelConfig, QuantConfig
 from moe_plugin.environment import Environment
 from moe_plugin.experts import torch_native
 from moe_plugin.experts.torch_native import TorchNative
-from moe_plugin.modular_kernel import ActivationFormat
+from moe_plugin.modular_kernel import ActivationFormat, ExpertWeights
 from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.reference import reference_moe
+from moe_plugin.testing.cases import Weights
+from moe_plugin.workspace import WorkspaceArena
 from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -133,6 +136,85 @@ def test_repeats_bitwise(ends: str) -> None:
     assert torch.equal(first, layer.apply(rows, local_ids=ids, topk_weights=weights))
 
 
+FP8_SCHEMES = {
+    "block": Fp8Block(),
+    "per_token": Fp8PerToken(),
+    "per_tensor": Fp8PerTensor(),
+    "static": Fp8PerTensor(static_activations=True),
+}
+by_scheme = pytest.mark.parametrize("scheme", FP8_SCHEMES.values(), ids=FP8_SCHEMES)
+
+
+class Fp8Layer(Layer):
+    """A layer with fp8 weights; groups of 128 columns are cut short."""
+
+    @classmethod
+    def quantized(cls, scheme: QuantConfig, **overrides: Any) -> Fp8Layer:
+        sizes = {"hidden_size": 192, "intermediate_size": 160}
+        config = make_config(**(sizes | overrides), quantization=scheme)
+        weights = ExpertWeights(**Weights.random(config, torch.device(DEVICE)).of_rank(config))
+        weights.check(config)
+        weights = TorchNative.prepare_weights(config, weights.canonical(config))
+        return cls(config, weights, TorchNative(config, weights), WorkspaceArena(DEVICE, poison=True))
+
+    def expected(
+        self, activations: torch.Tensor, local_ids: torch.Tensor, topk_weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        weights = self.weights
+        return reference_moe(
+            activations,
+            local_ids,
+            torch.ones(local_ids.shape, device=DEVICE) if topk_weights is None else topk_weights,
+            weights.w13,
+            weights.w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            quantization=self.config.quantization,
+            w13_scale=weights.w13_scale,
+            w2_scale=weights.w2_scale,
+            a13_scale=weights.a13_scale,
+            a2_scale=weights.a2_scale,
+        )
+
+
+@by_scheme
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_fp8(scheme: QuantConfig, dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Fp8Layer.quantized(scheme, dtype=dtype, has_bias=has_bias)
+    layer.check_standard(layer.rows(19), random_ids(19, 2, 5), normal(19, 2, seed=7))
+    layer.check_batched([0, 17, 1, 33, 0], max_tokens=33)
+
+
+@by_scheme
+def test_fp8_holds_no_second_copy_of_the_weights(scheme: QuantConfig) -> None:
+    layer = Fp8Layer.quantized(scheme)
+    assert layer.experts.weights.w13.dtype is torch.float8_e4m3fn
+    assert TorchNative.extra_weight_bytes(layer.config) == 0
+    assert TorchNative.memory(layer.config)["dequantized_weights"] >= 4 * layer.weights.w13[0].numel()
+
+
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_fp8_on_a_rank_without_experts(num_rows: int) -> None:
+    layer = Fp8Layer.quantized(
+        Fp8PerTensor(static_activations=True), num_experts=2, parallel=ParallelConfig(ep_size=3, ep_rank=2)
+    )
+    ids = torch.full((num_rows, 2), -1, dtype=torch.int32, device=DEVICE)
+    assert (layer.apply(layer.rows(num_rows), local_ids=ids) == 0).all()
+    batch = torch.empty(0, 4, 192, dtype=torch.bfloat16, device=DEVICE)
+    counts = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    assert layer.apply(batch, expert_num_tokens=counts).shape == batch.shape
+
+
+def test_fp8_needs_the_host_on_every_machine() -> None:
+    environment = Environment(torch_version="2.11.0").pretend(sm=90)
+    config = make_config(quantization=Fp8Block())
+    assert TorchNative.host_syncs(config, environment) == 1
+    verdict = TorchNative.supports(make_config(quantization=Fp8Block(), cuda_graph=True), environment)
+    assert [gate.name for gate in verdict.failed] == ["cuda_graph"]
+    assert "grouped_mm rounds to bf16 what fp8_block needs in fp32" in verdict.reason
+
+
 def test_supported_everywhere() -> None:
     environment = Environment(torch_version="2.11.0+cu130")
     for dtype in DTYPES:
@@ -141,10 +223,13 @@ def test_supported_everywhere() -> None:
     assert TorchNative.activation_formats == set(ActivationFormat)
 
 
-def test_old_torch_and_quantization_are_refused() -> None:
+def test_old_torch_and_other_blocks_are_refused() -> None:
     assert "2.8" in TorchNative.supports(make_config(), Environment(torch_version="2.7.1")).reason
-    config = make_config(quantization=Fp8PerToken())
-    assert [gate.name for gate in TorchNative.supports(config, Environment()).failed] == ["quantization"]
+    environment = Environment(torch_version="2.11.0")
+    for scheme in FP8_SCHEMES.values():
+        assert TorchNative.supports(make_config(quantization=scheme), environment).ok
+    verdict = TorchNative.supports(make_config(quantization=Fp8Block(64, 128)), environment)
+    assert verdict.reason == "quantization: needs fp8_block in tiles of 128 x 128, saw fp8_block 64 x 128"
 
 
 @pytest.mark.parametrize(

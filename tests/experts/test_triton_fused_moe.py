@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_plugin.config import Activation, Fp8Block, ParallelConfig
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, ParallelConfig, QuantConfig
 from moe_plugin.environment import Environment, Package
 from moe_plugin.experts.triton_fused_moe import TritonFusedMoE, standard_buffers
-from moe_plugin.kernels.tiling import block_config, max_num_blocks, shared_memory_bytes
+from moe_plugin.kernels.tiling import block_config, down_block_config, max_num_blocks, shared_memory_bytes
 from moe_plugin.modular_kernel import ActivationFormat
 from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, has_static_activations, input_group_size, quantize_rows
 from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,6 +36,113 @@ def test_standard(dtype: torch.dtype, weighted: bool) -> None:
 def test_activations_with_bias(activation: Activation, dtype: torch.dtype) -> None:
     layer = Layer.of(TritonFusedMoE, dtype=dtype, activation=activation, has_bias=True, swiglu_limit=2.0)
     layer.check_standard(layer.rows(6) * 3, random_ids(6, 2, 5), normal(6, 2, seed=7))
+
+
+FP8_SCHEMES = {
+    "block": Fp8Block(),
+    "per_token": Fp8PerToken(),
+    "per_tensor": Fp8PerTensor(),
+    "static": Fp8PerTensor(static_activations=True),
+}
+
+
+@pytest.fixture(params=FP8_SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> QuantConfig:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("Triton has e4m3 from SM 89 on")
+    return FP8_SCHEMES[request.param]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bias"),
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float32, False)],
+)
+def test_fp8(scheme: QuantConfig, dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Layer.of(
+        TritonFusedMoE,
+        quantization=scheme,
+        dtype=dtype,
+        has_bias=has_bias,
+        num_experts=3,
+        hidden_size=136,
+        intermediate_size=200,
+    )
+    layer.check_standard(layer.rows(11), random_ids(11, 2, 3), normal(11, 2, seed=7) if has_bias else None)
+    layer.check_batched([0, 17, 1], max_tokens=18)
+
+
+@pytest.mark.parametrize("sizes", [(40, 24), (128, 128), (2880, 32), (576, 704)], ids=str)
+def test_fp8_sizes(scheme: QuantConfig, sizes: tuple[int, int]) -> None:
+    layer = Layer.of(
+        TritonFusedMoE, quantization=scheme, num_experts=2, hidden_size=sizes[0], intermediate_size=sizes[1]
+    )
+    layer.check_standard(layer.rows(5), random_ids(5, 2, 2), normal(5, 2, seed=7))
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_fp8_activations(scheme: QuantConfig, activation: Activation) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=scheme, activation=activation, has_bias=True, swiglu_limit=2.0)
+    layer.check_standard(layer.rows(6), random_ids(6, 2, 5), normal(6, 2, seed=7))
+
+
+def test_fp8_repeats_bitwise(scheme: QuantConfig) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=scheme)
+    rows, ids, weights = layer.rows(40), random_ids(40, 2, 5), normal(40, 2, seed=7)
+    first = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    assert torch.equal(first, layer.apply(rows, local_ids=ids, topk_weights=weights))
+
+
+def test_fp8_garbage_in_unwanted_rows_does_not_leak(scheme: QuantConfig) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=scheme)
+    ids, weights, rows = random_ids(16, 2, 5), normal(16, 2, seed=7), layer.rows(16)
+    ids[::3] = -1
+    rows[4] = 0
+    expected = layer.expected(rows, ids, weights)
+    rows[::3] = torch.nan
+    weights[ids < 0] = torch.nan
+    assert_close_to_oracle(layer.apply(rows, local_ids=ids, topk_weights=weights), expected, layer.tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word on inf in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_fp8_nan_and_inf_stay_in_their_row(scheme: QuantConfig, value: float) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=scheme)
+    ids, rows = torch.zeros(5, 2, dtype=torch.int32, device=DEVICE), layer.rows(5)
+    expected = layer.expected(rows, ids, None)
+    rows[3, 1] = value
+    out = layer.apply(rows, local_ids=ids, topk_weights=None)
+    others = [0, 1, 2, 4]
+    assert_close_to_oracle(out[others], expected[others], layer.tolerance)
+    # A given scale saturates Inf to the largest number; a measured one carries it on.
+    saturates = has_static_activations(scheme) and value == torch.inf
+    assert out[3].isfinite().all().item() == saturates
+
+
+def test_rows_that_the_dispatcher_quantized(scheme: QuantConfig) -> None:
+    if has_static_activations(scheme):
+        pytest.skip("a dispatcher has no static scale")
+    layer = Layer.of(TritonFusedMoE, quantization=scheme, hidden_size=200)
+    rows, ids, weights = layer.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
+    quantized, scales = quantize_rows(rows, input_group_size(scheme))
+    out = layer.apply(quantized, local_ids=ids, topk_weights=weights, scales=scales.T.contiguous().T)
+    assert_close_to_oracle(out, layer.expected(rows, ids, weights), layer.tolerance)
+
+
+@pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
+def test_result_goes_where_finalize_wants_it(quantization: QuantConfig | None) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=quantization)
+    rows, ids = layer.rows(9), random_ids(9, 2, 5)
+    expected = layer.apply(rows, local_ids=ids, topk_weights=None)
+    output = torch.full_like(expected, torch.nan)
+    assert layer.apply(rows, output=output, local_ids=ids, topk_weights=None) is output
+    assert torch.equal(output, expected)
+    counts = torch.tensor([3, 0, 2, 1, 3], dtype=torch.int32, device=DEVICE)
+    batch = normal(5, 3, 40, seed=6, dtype=torch.bfloat16)
+    expected = layer.apply(batch, expert_num_tokens=counts)
+    output = torch.full_like(expected, torch.nan)
+    assert layer.apply(batch, output=output, expert_num_tokens=counts) is output
+    used = torch.arange(3, device=DEVICE) < counts[:, None]
+    assert torch.equal(output[used], expected[used])
 
 
 @pytest.mark.parametrize("sizes", [(576, 704), (33, 7), (1, 1)], ids=str)
@@ -131,8 +240,9 @@ def test_repeats_bitwise() -> None:
     assert torch.equal(first, layer.apply(rows, local_ids=ids, topk_weights=weights))
 
 
-def test_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer.of(TritonFusedMoE)
+@pytest.mark.parametrize("quantization", [None, *FP8_SCHEMES.values()], ids=["none", *FP8_SCHEMES])
+def test_steady_state_allocates_nothing(quantization: QuantConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=quantization)
     rows, ids, weights = layer.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
     handle = layer.handle(9)
     first = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
@@ -144,9 +254,10 @@ def test_steady_state_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert handle.workspace.nbytes == held
 
 
+@pytest.mark.parametrize("quantization", [None, *FP8_SCHEMES.values()], ids=["none", *FP8_SCHEMES])
 @pytest.mark.parametrize("num_tokens", [1, 9, 64])
-def test_declared_memory_covers_a_call(num_tokens: int) -> None:
-    layer = Layer.of(TritonFusedMoE)
+def test_declared_memory_covers_a_call(num_tokens: int, quantization: QuantConfig | None) -> None:
+    layer = Layer.of(TritonFusedMoE, quantization=quantization)
     handle = layer.handle(num_tokens)
     rows, ids = layer.rows(num_tokens), random_ids(num_tokens, 2, 5)
     layer.apply(rows, handle=handle, local_ids=ids, topk_weights=normal(num_tokens, 2, seed=7))
@@ -168,10 +279,16 @@ def test_memory_of_a_large_layer_is_exact_arithmetic() -> None:
     pairs = 8 * 65536 * 8
     slots = 128 * max_num_blocks(pairs, 32, 128)
     memory = TritonFusedMoE.memory(config)
-    assert memory["pair_output"] == pairs * 7168 * 2 > 2**31
+    assert memory["slot_output"] == slots * 7168 * 2 > 2**31
     assert memory["intermediate"] == slots * 2048 * 2 > 2**31
     assert memory["sorted_pairs"] == slots * 4
     assert memory["output"] == 8 * 65536 * 7168 * 2
+    quantized = TritonFusedMoE.memory(replace(config, quantization=Fp8Block()))
+    slots = 64 * max_num_blocks(pairs, 32, 64)
+    assert quantized["activations"] == 8 * 65536 * 7168
+    assert quantized["activation_scale"] == 8 * 65536 * 56 * 4
+    assert quantized["intermediate"] == slots * 2048
+    assert quantized["intermediate_scale"] == slots * 16 * 4
 
 
 def test_dispatch_capacity_bounds_memory() -> None:
@@ -189,14 +306,18 @@ def test_supported(h200: Environment) -> None:
     assert TritonFusedMoE.supports(make_config(), h200.pretend(sm=80)).ok
     interpreter = Environment(packages={"triton": Package("triton", "3.6.0")}, triton_interpret=True)
     assert TritonFusedMoE.supports(make_config(dtype=torch.float32), interpreter).ok
+    for quantization in FP8_SCHEMES.values():
+        for environment in (h200, h200.pretend(sm=89), interpreter):
+            assert TritonFusedMoE.supports(make_config(quantization=quantization), environment).ok
     assert TritonFusedMoE.activation_formats == set(ActivationFormat)
 
 
 @pytest.mark.parametrize(
     ("gate", "overrides", "changes"),
     [
-        ("quantization", {"quantization": Fp8Block()}, {}),
+        ("quantization", {"quantization": Fp8Block(64, 128)}, {}),
         ("sm", {}, {"sm": 75}),
+        ("sm", {"quantization": Fp8PerToken()}, {"sm": 80}),
         ("triton", {}, {"packages": {}}),
         ("device", {}, {"device_type": "cpu", "sm": None}),
     ],
@@ -206,19 +327,30 @@ def test_refused(h200: Environment, gate: str, overrides: dict[str, Any], change
     assert [failed.name for failed in verdict.failed] == [gate]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_refusal_of_fp8_says_why(h200: Environment) -> None:
+    verdict = TritonFusedMoE.supports(make_config(quantization=Fp8Block()), h200.pretend(sm=80))
+    assert verdict.reason == "sm: needs SM 89 or newer, since Triton has no fp8 e4m3 before it, saw SM 80"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8_DTYPE])
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120, 75])
 @pytest.mark.parametrize("rows_per_expert", [0, 1, 16, 17, 64, 100, 128, 5000])
 def test_tiles_fit_the_gpu(rows_per_expert: int, sm: int, dtype: torch.dtype) -> None:
     limit = shared_memory_bytes(sm)
-    block = block_config(rows_per_expert, dtype, limit)
-    assert block.shared_memory(dtype) <= limit
-    assert block.num_stages >= 2
-    accumulators = block.block_m * block.block_n // (32 * block.num_warps)
-    assert accumulators <= 128
-    for size in (block.block_m, block.block_n // 2, block.block_k):
-        assert size >= 16
-        assert size & (size - 1) == 0
+    gate_up = block_config(rows_per_expert, dtype, limit)
+    down = down_block_config(gate_up, dtype, limit)
+    assert down.block_m == gate_up.block_m
+    for block in (gate_up, down):
+        assert block.shared_memory(dtype) <= limit
+        assert block.num_stages >= 2
+        accumulators = block.block_m * block.block_n // (32 * block.num_warps)
+        assert accumulators <= (64 if dtype is FP8_DTYPE else 128)
+        for size in (block.block_m, block.block_n // 2, block.block_k):
+            assert size >= 16
+            assert size & (size - 1) == 0
+    if dtype is FP8_DTYPE:
+        assert gate_up.block_n == 2 * GROUP_SIZE
+        assert gate_up.block_k == down.block_k == GROUP_SIZE
 
 
 def test_tiles_grow_with_the_rows() -> None:
@@ -244,6 +376,22 @@ def test_every_tile_on_the_gpu(num_rows: int, dtype: torch.dtype) -> None:
     )
     layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
     layer.check_batched([0, num_rows, 1, 5] * 4, max_tokens=num_rows)
+
+
+@needs_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 64, 128, 129, 700])
+def test_every_fp8_tile_on_the_gpu(num_rows: int, scheme: QuantConfig) -> None:
+    layer = Layer.of(
+        TritonFusedMoE,
+        quantization=scheme,
+        num_experts=16,
+        hidden_size=576,
+        intermediate_size=704,
+        max_tokens_per_rank=4096,
+    )
+    layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
+    layer.check_batched([0, num_rows, 1, min(num_rows, 5)] * 4, max_tokens=num_rows)
 
 
 @needs_cuda

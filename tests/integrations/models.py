@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+from moe_plugin.config import Fp8Block, QuantConfig
+from moe_plugin.quantization import has_static_activations, quantize_weights
 
 VOCABULARY = 97
 
@@ -54,6 +58,39 @@ def build_model(kind: str, **changes: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "experts" in name or "bias" in name:
                 parameter.normal_(std=0.3)
+    return model
+
+
+def build_fp8_model(kind: str, scheme: QuantConfig, **changes: Any) -> PreTrainedModel:
+    """`build_model` with FP8Experts of transformers; its linear layers stay as they are, as in fp8 they need a GPU."""
+    model = build_model(kind, **changes)
+    weights = {
+        name: (module.gate_up_proj.detach(), module.down_proj.detach())
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    }
+    static = has_static_activations(scheme)
+    is_block = isinstance(scheme, Fp8Block)
+    quantization = FineGrainedFP8Config(weight_block_size=[scheme.block_n, scheme.block_k] if is_block else None)
+    quantization.activation_scheme = "static" if static else "dynamic"
+    linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    replace_with_fp8_linear(model, linear, quantization)
+    for name, (gate_up, down) in weights.items():
+        module = model.get_submodule(name).to_empty(device="cpu").eval()
+        w13, w13_scale = quantize_weights(gate_up, scheme, halves=2)
+        w2, w2_scale = quantize_weights(down, scheme)
+        values = {
+            "gate_up_proj": w13,
+            "gate_up_proj_scale_inv": w13_scale,
+            "down_proj": w2,
+            "down_proj_scale_inv": w2_scale,
+        }
+        if static:
+            values["gate_up_proj_activation_scale"] = torch.linspace(0.005, 0.01, len(gate_up))
+            values["down_proj_activation_scale"] = torch.linspace(0.02, 0.05, len(gate_up))
+        with torch.no_grad():
+            for parameter, value in values.items():
+                getattr(module, parameter).copy_(value.reshape(getattr(module, parameter).shape))
     return model
 
 

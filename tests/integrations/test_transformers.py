@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers")
 
-from moe_plugin.config import ParallelConfig
+from moe_plugin.config import Fp8Block, Fp8PerTensor, ParallelConfig, QuantConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import ConfigError, MissingPackageError, StrategyUnsupportedError, UnknownStrategyError
 from moe_plugin.integrations.transformers import (
@@ -24,8 +24,10 @@ from moe_plugin.integrations.transformers import (
     selection_report,
 )
 from moe_plugin.modular_kernel import MoELayer
+from moe_plugin.numerics import FP8_TOLERANCE, assert_close_to_oracle
+from moe_plugin.reference import reference_moe
 
-from .models import KINDS, build_model, eager_logits, logits
+from .models import KINDS, build_fp8_model, build_model, eager_logits, logits
 from .ranks import run_on_ranks
 
 STRATEGIES = ("local+torch_native", "nccl_all_to_all+torch_native")
@@ -199,6 +201,96 @@ def test_unsupported_weights_are_refused() -> None:
         activate(build_model("qwen3_moe").double())
 
 
+FP8_SCHEMES = {
+    "block": Fp8Block(),
+    "per_tensor": Fp8PerTensor(),
+    "per_tensor_static": Fp8PerTensor(static_activations=True),
+}
+
+
+def fp8_call(module: Any, scheme: QuantConfig, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The arguments of one call of an fp8 experts module, and the oracle's answer."""
+    generator = torch.Generator().manual_seed(3)
+    arguments = (
+        torch.randn(40, module.hidden_dim, generator=generator).to(dtype),
+        torch.randint(module.num_experts, (40, 4), generator=generator),
+        torch.rand(40, 4, generator=generator),
+    )
+    per_matrix = module.block_size is None
+    w13_scale, w2_scale = module.gate_up_proj_scale_inv.detach(), module.down_proj_scale_inv.detach()
+    expected = reference_moe(
+        *arguments,
+        module.gate_up_proj.detach(),
+        module.down_proj.detach(),
+        quantization=scheme,
+        w13_scale=w13_scale.squeeze(2) if per_matrix else w13_scale,
+        w2_scale=w2_scale.flatten() if per_matrix else w2_scale,
+        a13_scale=getattr(module, "gate_up_proj_activation_scale", None),
+        a2_scale=getattr(module, "down_proj_activation_scale", None),
+    )
+    return arguments, expected.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", FP8_SCHEMES.values(), ids=FP8_SCHEMES)
+def test_fp8_experts(scheme: QuantConfig, dtype: torch.dtype) -> None:
+    model = build_fp8_model("qwen3_moe", scheme, hidden_size=192, moe_intermediate_size=128)
+    activate(model, "local+torch_native")
+    for _, module in experts_modules(model):
+        arguments, expected = fp8_call(module, scheme, dtype)
+        with torch.no_grad():
+            out = module(*arguments)
+        assert out.dtype == dtype
+        assert_close_to_oracle(out, expected, FP8_TOLERANCE)
+    assert logits(model).isfinite().all()
+
+
+def test_fp8_scales_in_powers_of_two() -> None:
+    scheme = Fp8Block()
+    model = build_fp8_model("qwen3_moe", scheme, hidden_size=128, moe_intermediate_size=128)
+    _, module = next(experts_modules(model))
+    for name in ("gate_up_proj_scale_inv", "down_proj_scale_inv"):
+        exact = torch.exp2(getattr(module, name).detach().log2().ceil())
+        setattr(module, name, torch.nn.Parameter(exact, requires_grad=False))
+    arguments, expected = fp8_call(module, scheme, torch.float32)
+    for name in ("gate_up_proj_scale_inv", "down_proj_scale_inv"):
+        stored = getattr(module, name).detach().to(torch.float8_e8m0fnu)
+        setattr(module, name, torch.nn.Parameter(stored, requires_grad=False))
+    activate(model, "local+torch_native")
+    assert_close_to_oracle(module(*arguments), expected, FP8_TOLERANCE)
+
+
+def test_fp8_tiles_that_gate_and_up_share_are_refused() -> None:
+    model = build_fp8_model("qwen3_moe", Fp8Block(), moe_intermediate_size=96)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts .*intermediate size 96 is no multiple of 128"):
+        activate(model)
+
+
+def test_fp8_tiles_with_static_activation_scales_are_refused() -> None:
+    model = build_fp8_model("qwen3_moe", Fp8Block(), moe_intermediate_size=128)
+    _, module = next(experts_modules(model))
+    module.activation_scheme = "static"
+    with pytest.raises(ConfigError, match="need dynamic activation scales"):
+        activate(model)
+
+
+def test_fp8_tiles_of_another_size_are_refused_by_the_strategies() -> None:
+    model = build_fp8_model("qwen3_moe", Fp8Block(64, 64), moe_intermediate_size=128)
+    activate(model, "local+torch_native")
+    with pytest.raises(StrategyUnsupportedError, match="fp8_block 64 x 64"):
+        logits(model)
+
+
+def test_fp8_weights_without_scales_are_refused() -> None:
+    model = build_model("qwen3_moe")
+    for _, module in experts_modules(model):
+        for name in ("gate_up_proj", "down_proj"):
+            fp8 = getattr(module, name).detach().to(torch.float8_e4m3fn)
+            setattr(module, name, torch.nn.Parameter(fp8, requires_grad=False))
+    with pytest.raises(ConfigError, match="without the scales"):
+        activate(model)
+
+
 def test_experts_without_a_gate_are_refused() -> None:
     model = build_model("qwen3_moe")
     _, module = next(experts_modules(model))
@@ -261,6 +353,23 @@ def check_expert_parallelism() -> None:
         torch.testing.assert_close(logits(model), expected[many], **TOLERANCE)
         with pytest.raises(ConfigError, match="load the model again"):
             activate(model)
+
+
+def check_fp8_expert_parallelism() -> None:
+    """Every rank: the answer of one rank. Static input scales differ between the ranks' experts."""
+    for scheme in FP8_SCHEMES.values():
+        model = build_fp8_model("qwen3_moe", scheme, hidden_size=192, moe_intermediate_size=128)
+        _, module = next(experts_modules(model))
+        arguments, expected = fp8_call(module, scheme, torch.bfloat16)
+        activate(model, "nccl_all_to_all+torch_native", ParallelConfig(ep_group=dist.group.WORLD))
+        assert module.gate_up_proj_scale_inv.shape[0] < 16
+        with torch.no_grad():
+            assert_close_to_oracle(module(*arguments), expected, FP8_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_fp8_expert_parallelism() -> None:
+    run_on_ranks(check_fp8_expert_parallelism, 2)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_plugin.kernels.counting_sort import counting_sort
+import moe_plugin.kernels.counting_sort as counting_sort_module
+from moe_plugin.kernels.counting_sort import ONE_LAUNCH_EXPERTS, ONE_LAUNCH_PAIRS, counting_sort
 from moe_plugin.kernels.tiling import SORT_CHUNK, counting_sort_shapes, max_num_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,7 +16,7 @@ UNWRITTEN = -7
 
 
 def run_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> dict[str, torch.Tensor]:
-    shapes = counting_sort_shapes(local_ids.numel(), num_experts, block_m)
+    shapes = counting_sort_shapes(*local_ids.shape, num_experts, block_m)
     buffers = {name: torch.full(shape, UNWRITTEN, dtype=torch.int32, device=DEVICE) for name, shape in shapes.items()}
     counting_sort(local_ids, num_experts, block_m, **buffers)
     return buffers
@@ -44,9 +45,12 @@ def check_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> None:
     before = local_ids.clone()
     buffers = run_sort(local_ids, num_experts, block_m)
     sorted_pairs, block_expert, counts = expected_sort(local_ids, num_experts, block_m)
+    slot_of_pair = [sorted_pairs.index(p) if p in sorted_pairs else -1 for p in range(local_ids.numel())]
     assert buffers["sorted_pairs"].tolist() == sorted_pairs
     assert buffers["block_expert"].tolist() == block_expert
     assert buffers["expert_num_tokens"].tolist() == counts
+    assert buffers["slot_of_pair"].flatten().tolist() == slot_of_pair
+    assert buffers["num_blocks"].tolist() == [len(block_expert) - block_expert.count(-1)]
     assert torch.equal(local_ids, before)
 
 
@@ -60,7 +64,9 @@ def test_docstring_example() -> None:
     buffers = run_sort(torch.tensor([[1, 0], [1, -1], [1, 0]], dtype=torch.int32, device=DEVICE), 2, 2)
     assert buffers["sorted_pairs"].tolist() == [1, 5, 0, 2, 4, 6, 6, 6]
     assert buffers["block_expert"].tolist() == [0, 1, 1, -1]
+    assert buffers["slot_of_pair"].tolist() == [[2, 0], [3, -1], [4, 1]]
     assert buffers["expert_num_tokens"].tolist() == [2, 3]
+    assert buffers["num_blocks"].tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -118,16 +124,42 @@ def test_strided_ids() -> None:
 def test_no_pairs(shape: tuple[int, int]) -> None:
     buffers = run_sort(torch.empty(shape, dtype=torch.int32, device=DEVICE), 5, 16)
     assert buffers["expert_num_tokens"].tolist() == [0] * 5
+    assert buffers["num_blocks"].tolist() == [0]
     assert buffers["sorted_pairs"].numel() == buffers["block_expert"].numel() == 0
 
 
 def test_no_experts() -> None:
     buffers = run_sort(torch.full((4, 2), -1, dtype=torch.int32, device=DEVICE), 0, 16)
+    assert (buffers.pop("slot_of_pair") == -1).all()
+    assert buffers.pop("num_blocks").tolist() == [0]
     assert all(buffer.numel() == 0 for buffer in buffers.values())
 
 
-def test_repeats_bitwise() -> None:
-    ids = random_ids(300, 4, 33).to(DEVICE)
+@pytest.mark.parametrize("num_pairs", [ONE_LAUNCH_PAIRS - 1, ONE_LAUNCH_PAIRS, ONE_LAUNCH_PAIRS + 1])
+def test_pairs_around_the_one_launch_limit(num_pairs: int) -> None:
+    check_sort(random_ids(num_pairs, 1, 9), 9, 16)
+
+
+@pytest.mark.parametrize("num_experts", [ONE_LAUNCH_EXPERTS - 1, ONE_LAUNCH_EXPERTS, ONE_LAUNCH_EXPERTS + 1])
+def test_experts_around_the_one_launch_limit(num_experts: int) -> None:
+    check_sort(random_ids(11, 2, num_experts), num_experts, 16)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 140])
+def test_both_forms_give_the_same_bits(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(num_rows, 6, 21).to(DEVICE)
+    one_launch = run_sort(ids, 21, 16)
+    monkeypatch.setattr(counting_sort_module, "ONE_LAUNCH_PAIRS", 0)
+    three_launches = run_sort(ids, 21, 16)
+    assert (one_launch.pop("chunk_counts") == UNWRITTEN).all()
+    assert (three_launches.pop("chunk_counts") != UNWRITTEN).all()
+    for name, buffer in one_launch.items():
+        assert torch.equal(buffer, three_launches[name]), name
+
+
+@pytest.mark.parametrize("num_rows", [40, 300])
+def test_repeats_bitwise(num_rows: int) -> None:
+    ids = random_ids(num_rows, 4, 33).to(DEVICE)
     first, second = run_sort(ids, 33, 16), run_sort(ids, 33, 16)
     for name, buffer in first.items():
         assert torch.equal(buffer, second[name]), name
@@ -154,9 +186,13 @@ def test_a_million_pairs(num_experts: int) -> None:
     order = torch.sort(keys, stable=True).indices[: int((flat >= 0).sum())].int()
     kept = buffers["sorted_pairs"][buffers["sorted_pairs"] < flat.numel()]
     assert torch.equal(kept, order)
+    slots = buffers["slot_of_pair"].flatten()
+    assert torch.equal(slots >= 0, flat >= 0)
+    assert torch.equal(buffers["sorted_pairs"][slots[slots >= 0].long()], (flat >= 0).nonzero().flatten().int())
     counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts].int()
     assert torch.equal(buffers["expert_num_tokens"], counts)
     blocks = (counts + 127) // 128
     experts = torch.arange(num_experts, device=DEVICE, dtype=torch.int32).repeat_interleave(blocks)
     assert torch.equal(buffers["block_expert"][: experts.numel()], experts)
+    assert buffers["num_blocks"].tolist() == [experts.numel()]
     assert (buffers["block_expert"][experts.numel() :] == -1).all()

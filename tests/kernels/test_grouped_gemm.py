@@ -10,16 +10,33 @@ import torch
 pytest.importorskip("triton")
 
 from moe_plugin.activation import gated_activation
-from moe_plugin.config import Activation
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, QuantConfig
 from moe_plugin.kernels.counting_sort import counting_sort
 from moe_plugin.kernels.grouped_gemm import BatchedRows, SortedRows, down, gate_up_activation
-from moe_plugin.kernels.tiling import BlockConfig, counting_sort_shapes
-from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.kernels.tiling import BlockConfig, cdiv, counting_sort_shapes
+from moe_plugin.numerics import TOLERANCES, Tolerance, assert_close_to_oracle
+from moe_plugin.quantization import (
+    FP8_DTYPE,
+    FP8_MAX,
+    GROUP_SIZE,
+    LEAST_AMAX,
+    dequantize_rows,
+    dequantize_weights,
+    quantize_rows,
+    quantize_static,
+    quantize_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CANARY = -123.0
 BLOCK = BlockConfig(block_m=16, block_n=64, block_k=32, group_m=2, num_warps=4, num_stages=2)
+FP8_BLOCK = BlockConfig(block_m=16, block_n=256, block_k=128, group_m=2, num_warps=4, num_stages=2)
+# Sums of 128 products in a tensor core keep about 14 bits; the interpreter's are full fp32.
+FP8_PRODUCTS = Tolerance(frobenius=1e-3, row=2e-3) if DEVICE == "cuda" else TOLERANCES[torch.float32]
+needs_fp8 = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="Triton has e4m3 from SM 89 on"
+)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -32,7 +49,7 @@ def canaries(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sort_rows(local_ids: torch.Tensor, num_experts: int, block: BlockConfig) -> SortedRows:
-    shapes = counting_sort_shapes(local_ids.numel(), num_experts, block.block_m)
+    shapes = counting_sort_shapes(*local_ids.shape, num_experts, block.block_m)
     buffers = {name: torch.empty(shape, dtype=torch.int32, device=DEVICE) for name, shape in shapes.items()}
     counting_sort(local_ids, num_experts, block.block_m, **buffers)
     return SortedRows(buffers["sorted_pairs"], buffers["block_expert"], local_ids.numel(), local_ids.shape[1])
@@ -88,7 +105,6 @@ class StandardCase:
         self.b2 = normal(num_experts, hidden_size, seed=5, dtype=dtype) if has_bias else None
         capacity = self.rows.sorted_pairs.numel()
         self.intermediate = normal(capacity, intermediate_size, seed=6, dtype=dtype)
-        self.topk_weights = normal(*local_ids.shape, seed=7)
 
     def check_gate_up(self, activation: Activation = Activation.SILU_AND_MUL) -> torch.Tensor:
         out = canaries(*self.intermediate.shape, dtype=self.x.dtype)
@@ -98,15 +114,12 @@ class StandardCase:
         self._check_rows(out, self.slots, expected)
         return out
 
-    def check_down(self, weighted: bool = True) -> torch.Tensor:
-        out = canaries(self.rows.num_pairs, self.w2.shape[1], dtype=self.x.dtype)
-        topk_weights = self.topk_weights if weighted else None
-        down(self.intermediate, self.w2, self.b2, topk_weights, out, self.rows, self.block)
+    def check_down(self) -> torch.Tensor:
+        out = canaries(self.intermediate.shape[0], self.w2.shape[1], dtype=self.x.dtype)
+        down(self.intermediate, self.w2, self.b2, out, self.rows, self.block)
         bias = None if self.b2 is None else self.b2[self.experts]
         expected = expected_down(self.intermediate[self.slots], self.w2[self.experts], bias)
-        if weighted:
-            expected *= self.topk_weights.flatten()[self.pairs, None]
-        self._check_rows(out, self.pairs, expected)
+        self._check_rows(out, self.slots, expected)
         return out
 
     def _check_rows(self, out: torch.Tensor, written: torch.Tensor, expected: torch.Tensor) -> None:
@@ -127,7 +140,7 @@ def random_ids(num_rows: int, top_k: int, num_experts: int) -> torch.Tensor:
 def test_random_routing(dtype: torch.dtype, has_bias: bool, sizes: tuple[int, int]) -> None:
     case = StandardCase(random_ids(21, 3, 5), 5, *sizes, dtype, has_bias)
     case.check_gate_up()
-    case.check_down(weighted=has_bias)
+    case.check_down()
 
 
 @pytest.mark.parametrize("sizes", [(576, 704), (2880, 96)], ids=str)
@@ -157,8 +170,8 @@ def test_all_pairs_to_one_expert(expert: int) -> None:
 def test_the_same_expert_twice_in_a_row_makes_two_pairs() -> None:
     case = StandardCase(torch.tensor([[1, 1], [0, 1]]), 2, 32, 16, torch.float32)
     case.check_gate_up()
-    out = case.check_down(weighted=False)
-    assert out.shape[0] == 4
+    case.check_down()
+    assert len(case.slots) == 4
 
 
 def test_nothing_routed_here_writes_nothing() -> None:
@@ -172,7 +185,6 @@ def test_padding_is_not_read() -> None:
     used_tokens, used_slots = set(case.tokens.tolist()), set(case.slots.tolist())
     case.x[[n for n in range(17) if n not in used_tokens]] = torch.nan
     case.intermediate[[s for s in range(case.intermediate.shape[0]) if s not in used_slots]] = torch.nan
-    case.topk_weights[case.local_ids < 0] = torch.nan
     case.check_gate_up()
     case.check_down()
 
@@ -184,9 +196,9 @@ def test_nan_stays_in_its_row(activation: Activation) -> None:
     out = canaries(*case.intermediate.shape, dtype=torch.float32)
     gate_up_activation(case.x, case.w13, None, out, case.rows, BLOCK, activation)
     assert out[case.slots].isnan().all(dim=1).tolist() == [False, False, True, False, False, False]
-    result = canaries(6, 32, dtype=torch.float32)
-    down(out, case.w2, None, None, result, case.rows, BLOCK)
-    assert result.isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
+    result = canaries(out.shape[0], 32, dtype=torch.float32)
+    down(out, case.w2, None, result, case.rows, BLOCK)
+    assert result[case.slots].isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
 
 
 def test_strided_activations_and_weights() -> None:
@@ -194,7 +206,6 @@ def test_strided_activations_and_weights() -> None:
     case.x = normal(12, 100, seed=8, dtype=torch.bfloat16)[:, 30:70]
     case.w13 = normal(3, 48, 90, seed=9, dtype=torch.bfloat16, scale=0.1)[:, :, 16:56]
     case.w2 = normal(3, 80, 24, seed=10, dtype=torch.bfloat16, scale=0.2)[:, ::2]
-    case.topk_weights = normal(12, 6, seed=11)[:, 1:5:2]
     case.check_gate_up()
     case.check_down()
 
@@ -221,6 +232,209 @@ def test_repeats_bitwise() -> None:
     case = StandardCase(random_ids(30, 2, 4), 4, 64, 32, torch.bfloat16)
     assert torch.equal(case.check_gate_up(), case.check_gate_up())
     assert torch.equal(case.check_down(), case.check_down())
+
+
+def fp8_groups(x: torch.Tensor, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x quantized, its scales, and the numbers that both stand for."""
+    quantized, scale = quantize_rows(x, group_size)
+    return quantized, scale, dequantize_rows(quantized, scale, group_size)
+
+
+class Fp8Case:
+    """Random fp8 operands of both GEMMs on sorted rows, and the numbers they stand for."""
+
+    def __init__(
+        self, scheme: QuantConfig, hidden_size: int, intermediate_size: int, static: bool = False, has_bias: bool = True
+    ) -> None:
+        num_experts = 4
+        local_ids = random_ids(13, 2, num_experts).to(DEVICE)
+        self.rows = sort_rows(local_ids, num_experts, FP8_BLOCK)
+        self.slots, pairs = slots_of(self.rows)
+        self.tokens, self.experts = pairs // 2, local_ids.flatten()[pairs].long()
+        self.groups = cdiv(intermediate_size, GROUP_SIZE)
+        w13 = normal(num_experts, 2 * intermediate_size, hidden_size, seed=2, scale=hidden_size**-0.5)
+        w2 = normal(num_experts, hidden_size, intermediate_size, seed=3, scale=intermediate_size**-0.5)
+        self.w13, self.w13_scale = quantize_weights(w13, scheme, halves=2)
+        self.w2, self.w2_scale = quantize_weights(w2, scheme)
+        self.w13_values = dequantize_weights(self.w13, self.w13_scale, scheme, halves=2)
+        self.w2_values = dequantize_weights(self.w2, self.w2_scale, scheme)
+        self.b13 = normal(num_experts, 2 * intermediate_size, seed=4, scale=0.3) if has_bias else None
+        self.b2 = normal(num_experts, hidden_size, seed=5) if has_bias else None
+        x = normal(13, hidden_size, seed=1)
+        intermediate = normal(self.rows.sorted_pairs.numel(), intermediate_size, seed=6)
+        self.a2_scale = torch.tensor([0.02, 0.01, 0.03, 0.015], device=DEVICE) if static else None
+        if self.a2_scale is not None:
+            self.x_scale = torch.tensor([0.01], device=DEVICE)
+            self.x = quantize_static(x, self.x_scale)
+            self.x_values = self.x.float() * self.x_scale
+            self.intermediate_scale = self.a2_scale
+            scale_of_slot = torch.ones(len(intermediate), 1, device=DEVICE)
+            scale_of_slot[self.slots] = self.a2_scale[self.experts, None]
+            self.intermediate = quantize_static(intermediate, scale_of_slot)
+            self.intermediate_values = self.intermediate.float() * scale_of_slot
+        else:
+            group_size = GROUP_SIZE if isinstance(scheme, Fp8Block) else None
+            self.x, self.x_scale, self.x_values = fp8_groups(x, group_size)
+            self.intermediate, self.intermediate_scale, self.intermediate_values = fp8_groups(intermediate, GROUP_SIZE)
+
+    def expected_gate_up(self, activation: Activation = Activation.SILU_AND_MUL) -> torch.Tensor:
+        bias = None if self.b13 is None else self.b13[self.experts]
+        return expected_gate_up(self.x_values[self.tokens], self.w13_values[self.experts], bias, activation)
+
+    def gate_up(self, out: torch.Tensor, out_scale: torch.Tensor | None) -> None:
+        gate_up_activation(
+            self.x,
+            self.w13,
+            self.b13,
+            out,
+            self.rows,
+            FP8_BLOCK,
+            Activation.SILU_AND_MUL,
+            x_scale=self.x_scale,
+            w13_scale=self.w13_scale,
+            out_scale=out_scale,
+        )
+
+
+FP8_CASES = [
+    pytest.param(Fp8PerTensor(), False, id="per_tensor"),
+    pytest.param(Fp8PerTensor(), True, id="per_tensor_static"),
+    pytest.param(Fp8PerToken(), False, id="per_token"),
+    pytest.param(Fp8Block(), False, id="block"),
+]
+FP8_SIZES = [(256, 128), (40, 24), (136, 200), (576, 328)]
+
+
+@needs_fp8
+@pytest.mark.parametrize(("scheme", "static"), FP8_CASES)
+@pytest.mark.parametrize("sizes", FP8_SIZES, ids=str)
+def test_fp8_products(scheme: QuantConfig, static: bool, sizes: tuple[int, int]) -> None:
+    """Without quantization of the result, both GEMMs are exact but for fp32 rounding."""
+    case = Fp8Case(scheme, *sizes, static)
+    out = canaries(len(case.intermediate), sizes[1], dtype=torch.float32)
+    case.gate_up(out, None)
+    assert_close_to_oracle(out[case.slots], case.expected_gate_up(), FP8_PRODUCTS)
+    result = canaries(len(case.intermediate), sizes[0], dtype=torch.float32)
+    scales = {"x_scale": case.intermediate_scale, "w2_scale": case.w2_scale}
+    for block in (FP8_BLOCK, replace(FP8_BLOCK, block_n=64)):
+        down(case.intermediate, case.w2, case.b2, result, case.rows, block, **scales)
+        bias = None if case.b2 is None else case.b2[case.experts]
+        expected = expected_down(case.intermediate_values[case.slots], case.w2_values[case.experts], bias)
+        assert_close_to_oracle(result[case.slots], expected, FP8_PRODUCTS)
+    for written in (out, result):
+        untouched = torch.ones(len(written), dtype=torch.bool, device=DEVICE)
+        untouched[case.slots] = False
+        assert (written[untouched] == CANARY).all()
+
+
+@needs_fp8
+@pytest.mark.parametrize(("scheme", "static"), FP8_CASES)
+@pytest.mark.parametrize("sizes", FP8_SIZES, ids=str)
+def test_the_intermediate_is_quantized(scheme: QuantConfig, static: bool, sizes: tuple[int, int]) -> None:
+    case = Fp8Case(scheme, *sizes, static)
+    capacity = len(case.intermediate)
+    out = torch.full((capacity, sizes[1]), 3.0, device=DEVICE).to(FP8_DTYPE)
+    # Scales of a group lie next to each other, as the second GEMM reads them.
+    scales = torch.full((case.groups, capacity), CANARY, device=DEVICE).T
+    case.gate_up(out, case.a2_scale if static else scales)
+    expected = case.expected_gate_up()
+    if static:
+        expected_fp8 = quantize_static(expected, case.a2_scale[case.experts, None])
+    else:
+        expected_fp8, expected_scales = quantize_rows(expected, GROUP_SIZE)
+        torch.testing.assert_close(scales[case.slots], expected_scales, rtol=1e-4, atol=0)
+    step = {"rtol": 1 / 8, "atol": 2**-9}
+    torch.testing.assert_close(out[case.slots].float(), expected_fp8.float(), **step)
+    assert (out[case.slots].float() != expected_fp8.float()).float().mean() <= 0.01
+    untouched = torch.ones(capacity, dtype=torch.bool, device=DEVICE)
+    untouched[case.slots] = False
+    assert (out[untouched].float() == 3).all()
+    assert static or (scales[untouched] == CANARY).all()
+
+
+@needs_fp8
+@pytest.mark.parametrize(("scheme", "static"), FP8_CASES)
+def test_fp8_batched_experts(scheme: QuantConfig, static: bool) -> None:
+    """The rows of a sorted case laid out per expert give the same bits, with NaN in all padding."""
+    case = Fp8Case(scheme, 200, 328, static)
+    counts = torch.bincount(case.experts, minlength=4).int()
+    max_tokens = int(counts.max()) + 1
+    rows = BatchedRows(counts, max_tokens)
+    used = torch.arange(max_tokens, device=DEVICE) < counts[:, None]
+    nan = torch.tensor(torch.nan, device=DEVICE)
+
+    def batched(values: torch.Tensor) -> torch.Tensor:
+        """[slots in use, ...] -> [E, M, ...]"""
+        batch = nan.expand(4, max_tokens, values.shape[-1]).to(values.dtype).clone()
+        batch.view(torch.uint8 if values.dtype is FP8_DTYPE else values.dtype)[used] = values.view(
+            torch.uint8 if values.dtype is FP8_DTYPE else values.dtype
+        )
+        return batch
+
+    outs, scales = [], []
+    for x, x_scale, layout in (
+        (case.x, case.x_scale, case.rows),
+        (batched(case.x[case.tokens]), case.x_scale if static else batched(case.x_scale[case.tokens]), rows),
+    ):
+        leading = (len(case.intermediate),) if layout is case.rows else (4, max_tokens)
+        out = nan.expand(*leading, 328).to(FP8_DTYPE).clone()
+        out_scale = case.a2_scale if static else torch.full((*leading, case.groups), torch.nan, device=DEVICE)
+        gate_up_activation(
+            x, case.w13, case.b13, out, layout, FP8_BLOCK, Activation.SILU_AND_MUL,
+            x_scale=x_scale, w13_scale=case.w13_scale, out_scale=out_scale,
+        )  # fmt: skip
+        result = canaries(*leading, 200, dtype=torch.bfloat16)
+        down(out, case.w2, case.b2, result, layout, FP8_BLOCK, x_scale=out_scale, w2_scale=case.w2_scale)
+        chosen = case.slots if layout is case.rows else used
+        outs.append(result[chosen])
+        scales.append(torch.zeros(1) if static else out_scale[chosen])
+        untouched = torch.ones(leading, dtype=torch.bool, device=DEVICE)
+        untouched[chosen] = False
+        assert (result[untouched] == CANARY).all()
+    assert torch.equal(*outs)
+    assert torch.equal(*scales)
+
+
+@needs_fp8
+@pytest.mark.parametrize(("scheme", "static"), FP8_CASES)
+def test_fp8_padding_is_not_read_and_nan_stays_in_its_row(scheme: QuantConfig, static: bool) -> None:
+    case = Fp8Case(scheme, 200, 328, static)
+    capacity = len(case.intermediate)
+    unused_tokens = torch.ones(13, dtype=torch.bool, device=DEVICE)
+    unused_tokens[case.tokens] = False
+    bad_token = int(case.tokens[0])
+    case.x.view(torch.uint8)[unused_tokens] = 0x7F
+    case.x.view(torch.uint8)[bad_token, 150] = 0x7F
+    if not static:
+        case.x_scale[unused_tokens] = torch.nan
+    out = torch.full((capacity, 328), torch.nan, device=DEVICE).to(FP8_DTYPE)
+    out_scale = case.a2_scale if static else torch.full((capacity, case.groups), torch.nan, device=DEVICE)
+    case.gate_up(out, out_scale)
+    result = canaries(capacity, 200, dtype=torch.bfloat16)
+    down(out, case.w2, None, result, case.rows, FP8_BLOCK, x_scale=out_scale, w2_scale=case.w2_scale)
+    bad = case.tokens == bad_token
+    assert torch.equal(result[case.slots].isnan().all(dim=1), bad)
+    assert torch.equal(result[case.slots].isnan().any(dim=1), bad)
+
+
+@needs_fp8
+def test_fp8_zero_rows_and_saturation() -> None:
+    case = Fp8Case(Fp8PerTensor(), 128, 128, static=True, has_bias=False)
+    zero, large = int(case.tokens[0]), int(case.tokens[-1])
+    assert zero != large
+    case.x.view(torch.uint8)[zero] = 0
+    case.x_scale *= 1000
+    out = torch.full((len(case.intermediate), 128), torch.nan, device=DEVICE).to(FP8_DTYPE)
+    case.gate_up(out, case.a2_scale)
+    values = out[case.slots].float()
+    assert (values[case.tokens == zero] == 0).all()
+    assert values[case.tokens == large].abs().max() == 448
+    assert values.isfinite().all()
+    scales = torch.full((len(case.intermediate), 1), torch.nan, device=DEVICE)
+    case.gate_up(out, scales)
+    assert out[case.slots].float().isfinite().all()
+    assert scales[case.slots].isfinite().all()
+    assert (scales[case.slots] >= torch.tensor(LEAST_AMAX).div(FP8_MAX).item()).all()
 
 
 def huge(dtype: torch.dtype, numel: int) -> torch.Tensor:
@@ -275,7 +489,7 @@ def test_batched_experts(dtype: torch.dtype, has_bias: bool, max_tokens: int) ->
 
     intermediate[~used] = torch.nan
     out = canaries(num_experts, max_tokens, hidden_size, dtype=dtype)
-    down(intermediate, w2, b2, None, out, rows, BLOCK)
+    down(intermediate, w2, b2, out, rows, BLOCK)
     expected = expected_down(intermediate[used], w2[experts], None if b2 is None else b2[experts])
     assert_close_to_oracle(out[used], expected, dtype)
     assert (out[~used] == CANARY).all()
@@ -297,4 +511,4 @@ def test_nothing_to_compute(num_experts: int, max_tokens: int) -> None:
     rows = BatchedRows(counts, max_tokens)
     x, out = normal(num_experts, max_tokens, 32, seed=1), normal(num_experts, max_tokens, 16, seed=2)
     gate_up_activation(x, normal(num_experts, 32, 32, seed=3), None, out, rows, BLOCK, Activation.SILU_AND_MUL)
-    down(out, normal(num_experts, 32, 16, seed=4), None, None, x, rows, BLOCK)
+    down(out, normal(num_experts, 32, 16, seed=4), None, x, rows, BLOCK)

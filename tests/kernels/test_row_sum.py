@@ -1,4 +1,4 @@
-"""row_sum and pair_sum, Triton and torch form, against fp64 sums of the rows that count."""
+"""row_sum, Triton and torch form, against fp64 sums of the rows that count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moe_plugin.kernels.row_sum import pair_sum, row_sum, triton
+from moe_plugin.kernels.row_sum import row_sum, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [
@@ -115,28 +115,11 @@ def test_nothing_to_add(use_triton: bool, num_tokens: int, terms: int, num_rows:
 
 
 @each_form
-@pytest.mark.parametrize("weighted", [True, False])
-def test_pair_sum_is_row_sum_with_a_row_per_pair(use_triton: bool, weighted: bool) -> None:
-    rows, local_ids, weights = random_case(6, 4, 24, 50, torch.bfloat16)
-    rows[(local_ids < 0).flatten()] = torch.nan
-    pairs = torch.arange(24, dtype=torch.int32, device=DEVICE).view(6, 4)
-    index = torch.where(local_ids >= 0, pairs, -1)
-    chosen = weights if weighted else None
-    out = pair_sum(rows, local_ids, chosen, torch.empty(6, 50, dtype=torch.bfloat16, device=DEVICE), use_triton)
-    check(out, expected_sum(rows, index, chosen))
-    assert torch.equal(out, row_sum(rows, index, chosen, torch.empty_like(out), use_triton))
-
-
-@each_form
-def test_pair_sum_of_nothing(use_triton: bool) -> None:
-    out = pair_sum(
-        torch.empty(0, 5, device=DEVICE),
-        torch.empty(0, 2, dtype=torch.int32, device=DEVICE),
-        None,
-        torch.empty(0, 5, device=DEVICE),
-        use_triton,
-    )
-    assert out.shape == (0, 5)
+@pytest.mark.parametrize("shape", [(1, 8, 9, 7168), (40, 2, 50, 2880), (1030, 1, 20, 40)], ids=str)
+def test_every_block_size(use_triton: bool, shape: tuple[int, int, int, int]) -> None:
+    rows, index, weights = random_case(*shape, torch.bfloat16)
+    out = torch.full((shape[0], shape[3]), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    check(row_sum(rows, index, weights, out, use_triton), expected_sum(rows, index, weights))
 
 
 @each_form

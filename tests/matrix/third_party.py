@@ -19,7 +19,7 @@ from moe_plugin.modular_kernel import (
     PrepareAndFinalize,
     RouterWeightStage,
 )
-from moe_plugin.verdict import Gate, Verdict, gate_cuda_graph, gate_quantization
+from moe_plugin.verdict import QUANTIZATIONS, Gate, Verdict, gate_cuda_graph, gate_quantization
 from moe_plugin.workspace import Workspace
 
 
@@ -43,7 +43,7 @@ class LoopExperts(Experts):
     def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
         return config.num_local_experts
 
-    def apply(self, dispatched: Dispatched, workspace: Workspace) -> torch.Tensor:
+    def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
         x, ids, weights = dispatched.activations, dispatched.local_ids, self.weights
         assert ids is not None
         out = torch.zeros(x.shape[0], self.config.hidden_size, device=x.device)
@@ -135,7 +135,9 @@ class OracleMonolith(Monolithic):
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
         return Verdict.of(
-            one_rank(config), gate_quantization(config), gate_cuda_graph(config, False, "the oracle loops")
+            one_rank(config),
+            gate_quantization(config, QUANTIZATIONS),
+            gate_cuda_graph(config, False, "the oracle loops"),
         )
 
     @classmethod
@@ -163,6 +165,11 @@ class OracleMonolith(Monolithic):
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             apply_router_weight_on_input=config.apply_router_weight_on_input,
+            quantization=config.quantization,
+            w13_scale=weights.w13_scale,
+            w2_scale=weights.w2_scale,
+            a13_scale=weights.a13_scale,
+            a2_scale=weights.a2_scale,
         ).to(config.dtype)
         return result if out is None else out.copy_(result)
 

@@ -8,24 +8,25 @@ import pytest
 import torch
 
 import moe_plugin
-from moe_plugin.config import Activation, MoEConfig
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, MoEConfig, QuantConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import (
     ConfigError,
     DtypeError,
     InputError,
     MemoryLimitError,
+    NoStrategyError,
     ShapeError,
     StrategyUnsupportedError,
     UnknownStrategyError,
     rebuild,
 )
 from moe_plugin.experts.torch_native import TorchNative
-from moe_plugin.modular_kernel import ExpertWeights, MoELayer, MonolithicKernel
-from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.modular_kernel import ExpertWeights, ModularKernel, MoELayer, MonolithicKernel
+from moe_plugin.numerics import FP8_TOLERANCE, assert_close_to_oracle
 from moe_plugin.strategies.registry import experts_classes
 from moe_plugin.strategies.selector import explain
-from moe_plugin.testing.cases import Inputs, Weights
+from moe_plugin.testing.cases import Inputs, Weights, oracle
 from moe_plugin.verdict import Verdict
 from moe_plugin.workspace import WorkspaceArena
 from tests.matrix.third_party import register
@@ -118,15 +119,117 @@ def test_biases_that_are_missing_or_misshapen(name: str) -> None:
         build(config, **{name: weights_of(config)[name][:-1]})
 
 
+STATIC = Fp8PerTensor(static_activations=True)
+SCHEMES = {"block": Fp8Block(), "per_token": Fp8PerToken(), "per_tensor": Fp8PerTensor(), "static": STATIC}
+
+
 def test_quantized_weights_need_their_dtype_and_scales() -> None:
-    config = layer_config(quantization=moe_plugin.Fp8Block())
-    tensors = {name: tensor for name, tensor in weights_of(layer_config()).items() if tensor is not None}
-    with pytest.raises(DtypeError, match="w13 must be float8_e4m3fn"):
-        ExpertWeights(**tensors).check(config)
-    quantized = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
-    with pytest.raises(ShapeError, match="fp8_block weights need w13_scale and w2_scale"):
-        ExpertWeights(**quantized).check(config)
-    ExpertWeights(**quantized, w13_scale=torch.ones(16), w2_scale=torch.ones(16)).check(config)
+    config = layer_config(quantization=Fp8Block())
+    with pytest.raises(DtypeError, match="w13 must be float8_e4m3fn, got bfloat16"):
+        build(config, **weights_of(layer_config()))
+    for name in ("w13_scale", "w2_scale"):
+        with pytest.raises(ShapeError, match="fp8_block weights need w13_scale and w2_scale"):
+            build(config, **{name: None})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_quantized_layer_matches_the_oracle(scheme: QuantConfig) -> None:
+    config = layer_config(quantization=scheme, has_bias=True)
+    weights, inputs = Weights.random(config, DEVICE), Inputs.random(config, 20, DEVICE, seed=0)
+    layer = build(config)
+    assert layer.strategy == "local+torch_native"
+    assert_close_to_oracle(layer(*inputs.as_tuple()), oracle(config, weights, inputs), FP8_TOLERANCE)
+
+
+def test_static_scales_go_with_static_activations() -> None:
+    for name in ("a13_scale", "a2_scale"):
+        with pytest.raises(ShapeError, match="static activations needs a13_scale and a2_scale"):
+            build(layer_config(quantization=STATIC), **{name: None})
+        for scheme in (Fp8PerTensor(), Fp8Block()):
+            with pytest.raises(ShapeError, match="a13_scale and a2_scale are for Fp8PerTensor"):
+                build(layer_config(quantization=scheme), **{name: torch.ones(1)})
+        with pytest.raises(ShapeError, match=f"{name} given, but the configuration is unquantized"):
+            build(layer_config(), **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "words"),
+    [
+        (
+            Fp8Block(),
+            {"w13_scale": (16, 1, 1)},
+            r"w13_scale of fp8_block must be \[16, 2, 1\] on this rank, got \[16, 1, 1\]",
+        ),
+        (Fp8Block(), {"w2_scale": (16,)}, r"w2_scale of fp8_block must be \[16, 1, 1\]"),
+        (Fp8PerToken(), {"w13_scale": (16, 1, 256)}, r"must be \[16, 256\] or \[16, 256, 1\] on this rank"),
+        (Fp8PerToken(), {"w2_scale": (16, 128)}, r"must be \[16, 64\] or \[16, 64, 1\]"),
+        (Fp8PerTensor(), {"w13_scale": (2, 16)}, r"must be \[16, 2\] or \[16\]"),
+        (Fp8PerTensor(), {"w2_scale": ()}, r"must be \[16\] on this rank, got \[\]"),
+        (STATIC, {"a13_scale": (2,)}, r"a13_scale of fp8_per_tensor must be \[16\] or \[1\] or \[\]"),
+        (STATIC, {"a2_scale": (16, 1)}, r"a2_scale of fp8_per_tensor must be"),
+    ],
+)
+def test_scales_of_a_wrong_shape(scheme: QuantConfig, changes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(ShapeError, match=words):
+        build(layer_config(quantization=scheme), **{name: torch.ones(shape) for name, shape in changes.items()})
+
+
+@pytest.mark.parametrize("name", ["w13_scale", "w2_scale", "a13_scale", "a2_scale"])
+def test_scales_of_a_wrong_dtype_or_device(name: str) -> None:
+    config = layer_config(quantization=STATIC)
+    scale = weights_of(config)[name]
+    with pytest.raises(DtypeError, match=f"{name} must be float32, got bfloat16"):
+        build(config, **{name: scale.bfloat16()})
+    with pytest.raises(InputError, match=f"{name} is on meta, w13 on cpu"):
+        build(config, **{name: scale.to("meta")})
+    with pytest.raises(DtypeError, match=f"{name} must be a tensor, got float"):
+        build(config, **{name: 0.5})
+
+
+def experts_weights(config: MoEConfig, **changes: Any) -> ExpertWeights:
+    """The weights that the Experts class gets to see."""
+    layer = build(config, **changes)
+    assert isinstance(layer, ModularKernel)
+    return layer.experts.weights
+
+
+def test_scales_of_other_accepted_shapes_become_canonical() -> None:
+    config = layer_config(quantization=Fp8PerToken())
+    given = weights_of(config)
+    wide = {name: given[name].unsqueeze(2) for name in ("w13_scale", "w2_scale")}
+    spread = {name: torch.stack((given[name], given[name]), -1)[..., 0] for name in wide}
+    for changes in (wide, spread):
+        weights = experts_weights(config, **changes)
+        for name in wide:
+            seen = getattr(weights, name)
+            assert seen.is_contiguous()
+            assert torch.equal(seen, given[name])
+
+    config = layer_config(quantization=STATIC)
+    one = torch.linspace(1, 2, 16)
+    weights = experts_weights(config, w13_scale=one, a13_scale=one, a2_scale=torch.tensor(0.5))
+    assert weights.w13_scale is not None
+    assert torch.equal(weights.w13_scale, torch.stack((one, one), dim=1))
+    assert weights.a13_scale is not None
+    assert weights.a13_scale.tolist() == [2.0]
+    assert weights.a2_scale is not None
+    assert weights.a2_scale.tolist() == [0.5] * 16
+    weights = experts_weights(config, a13_scale=torch.tensor([3.0]), a2_scale=torch.tensor([0.5]))
+    assert weights.a13_scale is not None
+    assert weights.a13_scale.tolist() == [3.0]
+
+
+def test_blocks_that_no_class_computes_are_named() -> None:
+    config = layer_config(quantization=Fp8Block(64, 64))
+    with pytest.raises(NoStrategyError, match=r"needs fp8_block in tiles of 128 x 128, saw fp8_block 64 x 64"):
+        build(config)
+
+
+@pytest.mark.parametrize("name", ["w13_bias", "w2_bias"])
+def test_biases_of_a_wrong_dtype(name: str) -> None:
+    for config in (layer_config(has_bias=True), layer_config(has_bias=True, quantization=Fp8Block())):
+        with pytest.raises(DtypeError, match=f"{name} must be bfloat16, got float32"):
+            build(config, **{name: weights_of(config)[name].float()})
 
 
 @pytest.mark.parametrize("name", ["w13", "w2", "w13_bias", "w2_bias"])

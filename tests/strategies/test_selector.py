@@ -73,8 +73,8 @@ def test_an_explicit_choice_is_taken(strategy: str) -> None:
         (
             "local+torch_native",
             gpu(90),
-            {"quantization": Fp8Block()},
-            ["quantization", "saw fp8_block", "needs one of"],
+            {"quantization": Fp8Block(64, 64)},
+            ["quantization", "saw fp8_block 64 x 64", "needs fp8_block in tiles of 128 x 128"],
         ),
         ("local+torch_native", gpu(90, torch_version="2.6.0"), {}, ["torch", "saw 2.6.0", "needs torch 2.8 or newer"]),
     ],

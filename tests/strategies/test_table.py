@@ -27,7 +27,6 @@ BACKEND = "torch.distributed backend"
 ALL = (YES, YES, YES, YES)
 GRAPH_REFUSES_TORCH = (YES, "cuda_graph", YES, "cuda_graph")
 NO_EP = ("ep_size", "ep_size", YES, YES)
-QUANTIZED = ("quantization",) * 4
 
 BROKEN_TRITON = {"triton": Package("triton", "3.1.0", "too old")}
 
@@ -74,9 +73,30 @@ TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...], str | None]
     "sm90 without Triton": (gpu(90, packages={}), {}, ("triton", YES, "triton", YES), STRATEGIES[1]),
     "sm90 with Triton too old": (gpu(90, packages=BROKEN_TRITON), {}, ("triton", YES, "triton", YES), STRATEGIES[1]),
     "sm90 with torch too old": (gpu(90, torch_version="2.7.1"), {}, (YES, "torch", YES, "torch"), STRATEGIES[0]),
-    "sm90 fp8 block": (gpu(90), {"quantization": Fp8Block()}, QUANTIZED, None),
-    "sm90 fp8 per tensor": (gpu(90), {"quantization": Fp8PerTensor()}, QUANTIZED, None),
-    "sm100 fp8 per token": (gpu(100), {"quantization": Fp8PerToken()}, QUANTIZED, None),
+    "sm90 fp8 block": (gpu(90), {"quantization": Fp8Block()}, ALL, STRATEGIES[0]),
+    "sm90 fp8 per tensor": (gpu(90), {"quantization": Fp8PerTensor()}, ALL, STRATEGIES[0]),
+    "sm100 fp8 per token": (gpu(100), {"quantization": Fp8PerToken()}, ALL, STRATEGIES[0]),
+    "sm89 fp8 block": (gpu(89), {"quantization": Fp8Block()}, ALL, STRATEGIES[0]),
+    "sm80 fp8 block": (gpu(80), {"quantization": Fp8Block()}, ("sm", YES, "sm", YES), STRATEGIES[1]),
+    "sm90 fp8 in other tiles": (gpu(90), {"quantization": Fp8Block(64, 128)}, ("quantization",) * 4, None),
+    "sm90 fp8 graph": (
+        gpu(90),
+        {"quantization": Fp8Block(), "cuda_graph": True},
+        GRAPH_REFUSES_TORCH,
+        STRATEGIES[0],
+    ),
+    "sm90 fp8 block EP 8": (
+        gpu(90),
+        {"quantization": Fp8Block(), "ep_size": 8},
+        NO_EP,
+        STRATEGIES[2],
+    ),
+    "cpu fp8 block": (
+        CPU,
+        {"quantization": Fp8Block()},
+        ("device", YES, "device", YES),
+        STRATEGIES[1],
+    ),
     "cpu": (CPU, {}, ("device", YES, "device", YES), STRATEGIES[1]),
     "cpu fp32": (CPU, {"dtype": torch.float32}, ("device", YES, "device", YES), STRATEGIES[1]),
     "cpu EP 2": (CPU, {"ep_size": 2}, ("ep_size device", "ep_size", "device", YES), STRATEGIES[3]),

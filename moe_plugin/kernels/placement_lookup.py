@@ -1,0 +1,166 @@
+"""Looks up where each (token, expert) pair goes, checks the ids, and brings router weights to fp32, in one launch.
+
+Example, E = 3, two replicas of expert 1, first_token = 0:
+
+    rank table [[0, 0], [0, 1], [1, 1]]    slot table [[0, 0], [1, 0], [1, 1]]    num_replicas [1, 2, 1]
+    topk_ids [[1, 2], [1, -1], [7, 0]]
+
+    rank [[0, 1], [1, -1], [-1, 0]]    slot [[1, 1], [0, -1], [-1, 0]]    flag set, because of the 7
+
+Token 0 takes replica 0 of expert 1, token 1 takes replica 1. This module works without Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_plugin.config import PlacementTables
+from moe_plugin.kernels.launcher import Launcher, Pointer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+_BLOCK = 512
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["num_pairs", "first_token", "flag"])
+    def _placement_lookup_kernel(
+        topk_ids_ptr, topk_weights_ptr, rank_table_ptr, slot_table_ptr, num_replicas_ptr,
+        rank_ptr, slot_ptr, weights_ptr, flags_ptr,
+        num_pairs, first_token, flag, stride_ids_t, stride_ids_k, stride_weights_t, stride_weights_k,
+        NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, MAX_REPLICAS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        in_range = pair < num_pairs
+        token = (pair // TOP_K).to(tl.int64)
+        k = (pair % TOP_K).to(tl.int64)
+        expert = tl.load(topk_ids_ptr + token * stride_ids_t + k * stride_ids_k, mask=in_range, other=-1).to(tl.int64)
+        kept = (expert >= 0) & (expert < NUM_EXPERTS)
+        if slot_table_ptr is None:
+            slot = tl.where(kept, expert, -1).to(tl.int32)
+        else:
+            entry = expert * MAX_REPLICAS
+            if num_replicas_ptr is not None:
+                entry += (first_token + token) % tl.load(num_replicas_ptr + expert, mask=kept, other=1)
+            slot = tl.load(slot_table_ptr + entry, mask=kept, other=-1)
+            if rank_ptr is not None:
+                rank = tl.load(rank_table_ptr + entry, mask=kept, other=-1)
+                tl.store(rank_ptr + pair, rank, mask=in_range)
+        tl.store(slot_ptr + pair, slot, mask=in_range)
+        if weights_ptr is not None:
+            weight_ptr = topk_weights_ptr + token * stride_weights_t + k * stride_weights_k
+            weight = tl.load(weight_ptr, mask=in_range, other=0.0)
+            tl.store(weights_ptr + pair, weight.to(tl.float32), mask=in_range)
+        # A store, not an atomic: all programs write the same value, and flags_ptr may lie in the host's memory.
+        wrong = tl.max(((expert < -1) | (expert >= NUM_EXPERTS)).to(tl.int32), 0)
+        if wrong > 0:
+            tl.store(flags_ptr, flag)
+
+    _launch = Launcher(_placement_lookup_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class LookupTables:
+    """A placement on a device, ready for launches.
+
+    tables: rank and slot int32 [E, max_replicas], num_replicas int32 [E].
+    is_identity: one rank holds every expert in its own slot.
+    """
+
+    tables: PlacementTables
+    is_identity: bool
+    rank: Pointer
+    slot: Pointer
+    num_replicas: Pointer
+
+    @classmethod
+    def of(cls, tables: PlacementTables) -> LookupTables:
+        num_experts = tables.slot.shape[0]
+        linear = torch.arange(num_experts, dtype=torch.int32).unsqueeze(1)
+        is_identity = torch.equal(tables.slot.cpu(), linear) and not tables.rank.any().item()
+        pointers = (Pointer(tensor) for tensor in (tables.rank, tables.slot, tables.num_replicas))
+        return cls(tables, is_identity, *pointers)
+
+
+def uses_triton(device: torch.device) -> bool:
+    """What `placement_lookup` does on `device` unless told."""
+    return device.type == "cuda" and triton is not None
+
+
+def placement_lookup(
+    topk_ids: torch.Tensor,
+    lookup_tables: LookupTables,
+    slot: torch.Tensor,
+    flags: torch.Tensor,
+    flag: int,
+    *,
+    rank: torch.Tensor | None = None,
+    first_token: int = 0,
+    topk_weights: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    use_triton: bool | None = None,
+) -> None:
+    """Fill `slot` and, when given, `rank` and `weights`; write `flag` to `flags` when an id lies outside [-1, E).
+
+    topk_ids int [T, K] of tokens first_token, first_token + 1, ..., any strides; replicas are taken in turn by token.
+    slot, rank int32 [T, K] contiguous: -1 where the pair is dropped, as ids out of range are.
+    flags int32 [1], else left alone: on the device or, with Triton, in the host's pinned memory.
+    topk_weights float [T, K], any strides, to `weights` fp32 [T, K] contiguous; both or none.
+    use_triton: None takes Triton for CUDA tensors where it is installed; True also under its interpreter.
+    """
+    num_tokens, top_k = topk_ids.shape
+    if num_tokens == 0:
+        return
+    if use_triton is None:
+        use_triton = topk_ids.is_cuda and triton is not None
+    if not use_triton:
+        _torch_lookup(topk_ids, lookup_tables.tables, slot, flags, flag, rank, first_token)
+        if weights is not None and topk_weights is not None:
+            weights.copy_(topk_weights)
+        return
+    num_experts, max_replicas = lookup_tables.tables.slot.shape
+    num_pairs = num_tokens * top_k
+    stride_weights_t, stride_weights_k = (0, 0) if topk_weights is None else topk_weights.stride()
+    _launch(
+        (-(-num_pairs // _BLOCK),),
+        (
+            topk_ids, topk_weights, None if rank is None else lookup_tables.rank,
+            None if rank is None and lookup_tables.is_identity else lookup_tables.slot,
+            lookup_tables.num_replicas if max_replicas > 1 else None,
+            rank, slot, weights, flags,
+            num_pairs, first_token, flag, *topk_ids.stride(), stride_weights_t, stride_weights_k,
+        ),
+        (num_experts, top_k, max_replicas, _BLOCK),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _torch_lookup(
+    topk_ids: torch.Tensor,
+    tables: PlacementTables,
+    slot: torch.Tensor,
+    flags: torch.Tensor,
+    flag: int,
+    rank: torch.Tensor | None,
+    first_token: int,
+) -> None:
+    num_experts, max_replicas = tables.slot.shape
+    ids = topk_ids.long()
+    kept = (ids >= 0) & (ids < num_experts)
+    expert = ids.clamp(0, num_experts - 1)
+    if max_replicas > 1:
+        token = torch.arange(first_token, first_token + ids.shape[0], device=ids.device).unsqueeze(1)
+        replica = token % tables.num_replicas[expert]
+    else:
+        replica = torch.zeros_like(expert)
+    slot.copy_(torch.where(kept, tables.slot[expert, replica], -1))
+    if rank is not None:
+        rank.copy_(torch.where(kept, tables.rank[expert, replica], -1))
+    outside = ((ids < -1) | (ids >= num_experts)).any().to(torch.int32)
+    flags.bitwise_or_(outside * flag)

@@ -1,0 +1,130 @@
+"""Compiles kernels for GPUs that need not be there; prints {"kernel sm": what became of it} as JSON.
+
+Run as a program without TRITON_INTERPRET, which is a property of the process.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_plugin.kernels import counting_sort, grouped_gemm, quantize_rows, row_sum
+
+FP8, BF16, FP32, INT = "*fp8e4nv", "*bf16", "*fp32", "*i32"
+BLOCK_SCALES = {"ROW_SCALE": "group", "WEIGHT_SCALE": "block"}
+NO_SCALES = {"ROW_SCALE": "none", "WEIGHT_SCALE": "none"}
+SIZES = {"HIDDEN_SIZE": 2880, "INTERMEDIATE_SIZE": 704, "BATCHED": False}
+ACTIVATION = {"ACTIVATION": "silu_and_mul", "SWIGLU_ALPHA": 1.702, "SWIGLU_LIMIT": 7.0, "TOP_K": 8}
+FP8_TILE = {"BLOCK_M": 64, "BLOCK_K": 128, "GROUP_M": 8}
+BF16_TILE = {"BLOCK_M": 16, "BLOCK_K": 64, "GROUP_M": 8}
+SORTED = {"sorted_pairs_ptr": INT, "expert_ptr": INT}
+
+
+def _int_pointers(kernel: Any) -> dict[str, str]:
+    return {name: INT for name in kernel.arg_names if name.endswith("_ptr")}
+
+
+GEMMS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "gate_up fp8": (
+        grouped_gemm._gate_up_activation_kernel,
+        {"x_ptr": FP8, "w13_ptr": FP8, "out_ptr": FP8, "x_scale_ptr": FP32, "w13_scale_ptr": FP32}
+        | {"out_scale_ptr": FP32, "OUT_SCALE": "group", "BLOCK_N": 128}
+        | BLOCK_SCALES | SIZES | ACTIVATION | FP8_TILE | SORTED,
+        8,
+    ),
+    "down fp8": (
+        grouped_gemm._down_kernel,
+        {"x_ptr": FP8, "w2_ptr": FP8, "out_ptr": BF16, "x_scale_ptr": FP32, "w2_scale_ptr": FP32, "BLOCK_N": 256}
+        | BLOCK_SCALES | SIZES | FP8_TILE | SORTED,
+        8,
+    ),
+    "gate_up bf16": (
+        grouped_gemm._gate_up_activation_kernel,
+        {"x_ptr": BF16, "w13_ptr": BF16, "out_ptr": BF16, "bias_ptr": BF16, "OUT_SCALE": "none", "BLOCK_N": 64}
+        | NO_SCALES | SIZES | ACTIVATION | BF16_TILE | SORTED,
+        4,
+    ),
+    "down bf16": (
+        grouped_gemm._down_kernel,
+        {"x_ptr": BF16, "w2_ptr": BF16, "out_ptr": BF16, "bias_ptr": BF16, "BLOCK_N": 128}
+        | NO_SCALES | SIZES | BF16_TILE | SORTED,
+        4,
+    ),
+}  # fmt: skip
+QUANTIZATION: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "quantize_rows": (
+        quantize_rows._quantize_rows_kernel,
+        {"x_ptr": BF16, "out_ptr": FP8, "scales_ptr": FP32, "TOP_K": 1, "GROUPS": 1, "GROUP": 8192},
+        8,
+    ),
+    "permute_rows": (
+        quantize_rows._quantize_rows_kernel,
+        {"x_ptr": BF16, "out_ptr": FP8, "scales_ptr": FP32, "slot_of_pair_ptr": INT}
+        | {"TOP_K": 8, "GROUPS": 8, "GROUP": 128},
+        2,
+    ),
+}
+ROUTING: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "permute_rows copy": (
+        quantize_rows._quantize_rows_kernel,
+        {"x_ptr": BF16, "out_ptr": BF16, "slot_of_pair_ptr": INT, "TOP_K": 8, "GROUPS": 8, "GROUP": 128},
+        2,
+    ),
+    "row_sum": (
+        row_sum._row_sum_kernel,
+        {"rows_ptr": BF16, "index_ptr": INT, "weights_ptr": FP32, "out_ptr": BF16, "TERMS": 8, "BLOCK_H": 1024},
+        4,
+    ),
+    "one_launch_sort": (
+        counting_sort._one_launch_kernel,
+        _int_pointers(counting_sort._one_launch_kernel)
+        | {"NUM_EXPERTS": 256, "TOP_K": 8, "BLOCK_M": 16, "PAIRS": 1024, "EXPERTS": 256, "SHARE": 32},
+        4,
+    ),
+    "place": (
+        counting_sort._place_kernel,
+        _int_pointers(counting_sort._place_kernel)
+        | {"NUM_EXPERTS": 256, "TOP_K": 8, "BLOCK_M": 64, "CHUNK": 256}
+        | {"RANK_TILE": 32, "BLOCK_TILE": 32, "EXPERT_TILE": 64},
+        8,
+    ),
+}
+CASES = {
+    80: ROUTING | {name: case for name, case in GEMMS.items() if "bf16" in name} | {"down fp8": GEMMS["down fp8"]},
+    89: QUANTIZATION | {name: case for name, case in GEMMS.items() if "fp8" in name},
+    90: QUANTIZATION | ROUTING | GEMMS,
+}
+
+
+def compile_for(sm: int, kernel: Any, parameters: dict[str, Any], num_warps: int) -> str:
+    """What the kernel multiplies with ("wgmma", "mma" or "nothing"), or the error.
+
+    parameters: types of pointers and values of constants; pointers that are not named are None, the rest are integers.
+    """
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        is_pointer = name.endswith("_ptr")
+        if name.isupper() or (is_pointer and name not in parameters):
+            signature[name] = "constexpr"
+            constants[(position,)] = parameters.get(name)
+            continue
+        signature[name] = parameters[name] if is_pointer else "i32"
+        if is_pointer or name.startswith("stride"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": num_warps, "num_stages": 2}
+    try:
+        ptx = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm["ptx"]
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return next((name for name in ("wgmma", "mma") if f"{name}." in ptx), "nothing")
+
+
+if __name__ == "__main__":
+    results = {f"{name} {sm}": compile_for(sm, *case) for sm, cases in CASES.items() for name, case in cases.items()}
+    print(json.dumps(results))

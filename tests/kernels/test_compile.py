@@ -1,0 +1,42 @@
+"""Kernels compile for each generation of GPUs, with or without one at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """{"kernel sm": the instructions it multiplies with, or an error}"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles(compiled: dict[str, str]) -> None:
+    failed = {name: outcome for name, outcome in compiled.items() if outcome not in ("wgmma", "mma", "nothing")}
+    assert list(failed) == ["down fp8 80"], failed
+
+
+def test_fp8_is_refused_before_sm_89(compiled: dict[str, str]) -> None:
+    """What the gate of triton_fused_moe says."""
+    assert "fp8e4nv not supported in this architecture" in compiled["down fp8 80"]
+
+
+def test_gemms_run_on_tensor_cores(compiled: dict[str, str]) -> None:
+    gemms = {name: outcome for name, outcome in compiled.items() if "gate_up" in name or "down" in name}
+    del gemms["down fp8 80"]
+    wgmma = {"gate_up fp8 90", "down fp8 90"}
+    assert gemms == {name: "wgmma" if name in wgmma else "mma" for name in gemms}

@@ -1,0 +1,210 @@
+"""Quantized and permuted rows against the torch definition in moe_plugin.quantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import moe_plugin.quantization as definition
+from moe_plugin.errors import ShapeError
+from moe_plugin.kernels.quantize_rows import permute_rows, quantize_rows
+from moe_plugin.kernels.tiling import cdiv
+from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, LEAST_AMAX
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="Triton has e4m3 from SM 89 on"
+)
+GROUP_SIZES = [pytest.param(GROUP_SIZE, id="group"), pytest.param(None, id="row")]
+CANARY = 3.0
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def canaries(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, CANARY, device=DEVICE).to(dtype)
+
+
+def quantized(
+    x: torch.Tensor, group_size: int | None, expert_num_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = canaries(*x.shape, dtype=FP8_DTYPE)
+    scales = canaries(*x.shape[:-1], cdiv(x.shape[-1], group_size or x.shape[-1]))
+    quantize_rows(x, out, scales, expert_num_tokens=expert_num_tokens)
+    return out, scales
+
+
+def check_quantized(actual: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, group_size: int | None) -> None:
+    expected, expected_scales = definition.quantize_rows(x, group_size)
+    torch.testing.assert_close(actual[1], expected_scales, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(actual[0].float(), expected.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_docstring_example() -> None:
+    x = torch.tensor([[896.0, 3.0], [0.0, 0.0]], device=DEVICE)
+    out, scales = quantized(x, None)
+    least = torch.tensor(LEAST_AMAX).div(448).item()
+    assert out.tolist() == [[448, 1.5], [0, 0]]
+    assert scales.tolist() == [[2], [least]]
+    slots = torch.tensor([[2, 0], [-1, 1]], dtype=torch.int32, device=DEVICE)
+    out, scales = canaries(3, 2, dtype=FP8_DTYPE), canaries(1, 3)
+    permute_rows(x, slots, out, scales)
+    assert out.tolist() == [[448, 1.5], [0, 0], [448, 1.5]]
+    assert scales.tolist() == [[2, least, 2]]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 40, 128, 576, 2880, 7168])
+def test_random_rows(hidden_size: int, dtype: torch.dtype, group_size: int | None) -> None:
+    x = normal(3, hidden_size, dtype=dtype) * torch.tensor([[1.0], [1e-3], [300.0]], device=DEVICE).to(dtype)
+    check_quantized(quantized(x, group_size), x, group_size)
+
+
+@pytest.mark.parametrize("hidden_size", [40, 576])
+def test_static_scale(hidden_size: int) -> None:
+    """1000 and Inf saturate."""
+    x = normal(4, hidden_size)
+    x[0, 0], x[0, 1], x[1, 2], x[2, 3] = 1000.0, torch.inf, -1000.0, torch.nan
+    scale = torch.tensor([0.3], device=DEVICE)
+    out = canaries(4, hidden_size, dtype=FP8_DTYPE)
+    quantize_rows(x, out, static_scale=scale)
+    torch.testing.assert_close(
+        out.float(), definition.quantize_static(x, scale).float(), rtol=0, atol=0, equal_nan=True
+    )
+    assert out[0, :2].tolist() == [448, 448]
+    assert out[1, 2].item() == -448
+    assert out.float().isnan().nonzero().tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_zero_rows_subnormals_and_large_values_are_finite(group_size: int | None) -> None:
+    x = torch.zeros(4, 200, device=DEVICE)
+    x[1] = 1e-40
+    x[2, 7] = 3e38
+    x[3, 150] = 448.0
+    out, scales = quantized(x, group_size)
+    check_quantized((out, scales), x, group_size)
+    assert (scales >= torch.tensor(LEAST_AMAX).div(448).item()).all()
+    assert out.float().isfinite().all()
+    assert scales.isfinite().all()
+    assert out[2, 7].item() == out[3, 150].item() == 448
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word on inf in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_stay_in_their_group(value: float) -> None:
+    x = normal(3, 300, dtype=torch.float32)
+    x[1, 130] = value
+    out, scales = quantized(x, GROUP_SIZE)
+    product = definition.dequantize_rows(out, scales, GROUP_SIZE)
+    bad = torch.zeros(3, 300, dtype=torch.bool, device=DEVICE)
+    bad[1, 128:256] = True
+    assert torch.equal(product.isnan(), bad)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_strided_rows(group_size: int | None) -> None:
+    wide = normal(5, 400)
+    x = wide[::2, 32:232]
+    out = canaries(3, 256, dtype=FP8_DTYPE)
+    scales = canaries(cdiv(200, group_size or 200), 3).T
+    quantize_rows(x, out[:, 16:216], scales)
+    check_quantized((out[:, 16:216], scales), x, group_size)
+    assert (out[:, :16].float() == CANARY).all()
+    assert (out[:, 216:].float() == CANARY).all()
+    x = normal(1, 200).expand(4, -1)
+    check_quantized(quantized(x, group_size), x, group_size)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_batched_experts_leave_padding_alone(group_size: int | None) -> None:
+    x = normal(3, 4, 160)
+    counts = torch.tensor([2, 0, 4], dtype=torch.int32, device=DEVICE)
+    used = torch.arange(4, device=DEVICE) < counts[:, None]
+    x[~used] = torch.nan
+    out, scales = quantized(x, group_size, counts)
+    check_quantized((out[used], scales[used]), x[used], group_size)
+    assert (out[~used].float() == CANARY).all()
+    assert (scales[~used] == CANARY).all()
+
+
+SLOTS = [[4, 0], [-1, 6], [-1, -1], [2, 3]]
+
+
+def permuted_case(hidden_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """x [4, H], slot_of_pair [4, 2], the row in each of 8 slots, and the slots that hold one."""
+    slots = torch.tensor(SLOTS, dtype=torch.int32, device=DEVICE)
+    source = {slot: row for row, pair in enumerate(SLOTS) for slot in pair if slot >= 0}
+    filled = sorted(source)
+    x = normal(4, hidden_size, dtype=dtype)
+    return x, slots, x[[source[slot] for slot in filled]], filled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden_size", [40, 1100])
+def test_permuted_copy(hidden_size: int, dtype: torch.dtype) -> None:
+    x, slots, expected, filled = permuted_case(hidden_size, dtype)
+    out = canaries(8, hidden_size, dtype=dtype)
+    permute_rows(x, slots, out)
+    assert torch.equal(out[filled], expected)
+    assert (out[[slot for slot in range(8) if slot not in filled]] == CANARY).all()
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("hidden_size", [40, 576, 2880, 7168])
+def test_permuted_rows_equal_quantized_rows(hidden_size: int, group_size: int | None) -> None:
+    x, slots, expected, filled = permuted_case(hidden_size, torch.bfloat16)
+    out = canaries(8, hidden_size, dtype=FP8_DTYPE)
+    scales = canaries(cdiv(hidden_size, group_size or hidden_size), 8)
+    permute_rows(x, slots, out, scales)
+    expected_out, expected_scales = quantized(expected, group_size)
+    assert torch.equal(out[filled].float(), expected_out.float())
+    assert torch.equal(scales.T[filled], expected_scales)
+    empty = [slot for slot in range(8) if slot not in filled]
+    assert (out[empty].float() == CANARY).all()
+    assert (scales[:, empty] == CANARY).all()
+
+
+def test_permuted_with_a_static_scale() -> None:
+    x, slots, expected, filled = permuted_case(200, torch.bfloat16)
+    out, scale = canaries(8, 200, dtype=FP8_DTYPE), torch.tensor([0.013], device=DEVICE)
+    permute_rows(x, slots, out, static_scale=scale)
+    assert torch.equal(out[filled].float(), definition.quantize_static(expected, scale).float())
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(0, 2), (3, 0)])
+def test_nothing_to_permute(num_rows: int, top_k: int) -> None:
+    out = canaries(2, 40, dtype=torch.bfloat16)
+    permute_rows(normal(num_rows, 40), torch.empty(num_rows, top_k, dtype=torch.int32, device=DEVICE), out)
+    assert (out == CANARY).all()
+
+
+def test_no_rows() -> None:
+    for shape in ((0, 40), (0, 3, 40), (3, 0, 40)):
+        out, scales = quantized(normal(*shape), GROUP_SIZE)
+        assert out.numel() == scales.numel() == 0
+
+
+def test_large_calls_take_larger_blocks() -> None:
+    x = normal(1025, 200)
+    check_quantized(quantized(x, GROUP_SIZE), x, GROUP_SIZE)
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    x, out, one = normal(2, 300), canaries(2, 300, dtype=FP8_DTYPE), torch.ones(1, device=DEVICE)
+    with pytest.raises(ShapeError, match="3"):
+        quantize_rows(x, out, canaries(2, 2))
+    with pytest.raises(ShapeError, match="either"):
+        quantize_rows(x, out)
+    with pytest.raises(ShapeError, match="either"):
+        quantize_rows(x, out, canaries(2, 3), static_scale=one)
+    slots = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ShapeError, match="neither"):
+        permute_rows(x, slots, canaries(2, 300, dtype=x.dtype), static_scale=one)
+    with pytest.raises(ShapeError, match="neither"):
+        permute_rows(x, slots, out)

@@ -1,0 +1,73 @@
+"""What the two dispatchers get from the placement table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_plugin.config import ExpertPlacement, MoEConfig, ParallelConfig
+from moe_plugin.errors import ExpertIdError
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
+from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
+from moe_plugin.workspace import WorkspaceArena
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LOCAL = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
+SPREAD = MoEConfig(
+    num_experts=4,
+    top_k=2,
+    hidden_size=8,
+    intermediate_size=8,
+    parallel=ParallelConfig(ep_size=2),
+    placement=ExpertPlacement.from_table(4, [[0, 1, 2], [1, 3]]),
+)
+
+by_form = pytest.mark.parametrize("use_triton", [False, True], ids=["torch", "triton"])
+
+
+def ids(rows: list[list[int]], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(rows, dtype=dtype, device=DEVICE)
+
+
+@by_form
+def test_destinations_take_replicas_in_turn(use_triton: bool) -> None:
+    lookup = PlacementLookup(SPREAD, DEVICE, use_triton)
+    found = lookup(ids([[1, 2], [1, -1], [3, 1]]), first_token=1)
+    assert found.rank.tolist() == [[1, 0], [0, -1], [1, 1]]
+    assert found.slot.tolist() == [[0, 2], [1, -1], [1, 0]]
+    assert int(found.flags) == 0
+    assert int(lookup(ids([[1, 4]])).flags) == ErrorFlag.EXPERT_ID
+    assert int(lookup(ids([[1, 2]])).flags) == 0
+
+
+@by_form
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_local_slots_and_weights(use_triton: bool, num_tokens: int) -> None:
+    lookup, errors = PlacementLookup(LOCAL, DEVICE, use_triton), DeferredErrors(LOCAL, DEVICE)
+    workspace = WorkspaceArena(DEVICE, poison=True).lease()
+    topk_ids = ids([[3, -1]] * num_tokens).view(num_tokens, 2)
+    weights = torch.rand(num_tokens, 2, device=DEVICE)
+    slot, passed = lookup.local(topk_ids, weights, workspace, errors)
+    assert torch.equal(slot, topk_ids)
+    assert slot.data_ptr() != topk_ids.data_ptr() or num_tokens == 0
+    assert passed is weights
+    half = weights.to(torch.bfloat16)
+    _, converted = lookup.local(topk_ids, half, workspace, errors)
+    assert converted is not None
+    assert torch.equal(converted, half.float())
+    assert lookup.local(topk_ids, None, workspace, errors)[1] is None
+
+
+@by_form
+def test_wrong_ids_go_to_the_errors(use_triton: bool) -> None:
+    lookup, errors = PlacementLookup(LOCAL, DEVICE, use_triton), DeferredErrors(LOCAL, DEVICE)
+    workspace = WorkspaceArena(DEVICE).lease()
+
+    def look_up() -> None:
+        lookup.local(ids([[0, 4]]), None, workspace, errors)
+        errors.raise_pending(synchronize=True)
+
+    with pytest.raises(ExpertIdError):
+        look_up()
+    errors.raise_pending(synchronize=True)
+    assert workspace.tensor("local_ids", (1, 2), torch.int32).tolist() == [[0, -1]]
