@@ -23,6 +23,9 @@ OPTIONAL_PACKAGES: Mapping[str, str] = {
 """Importable module -> distribution that brings it."""
 
 
+ASSUMED_VERSION = "assumed"
+"""The version of a package that a described machine is taken to have: a recent one."""
+
 # Triton reads this once, when kernels are defined, so what holds is what stood here then.
 _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -126,7 +129,7 @@ class Environment:
         if changes.get("sm") is not None:
             packages = dict(self.packages)
             if "triton" not in packages or not packages["triton"].usable:
-                packages["triton"] = Package("triton", "assumed")
+                packages["triton"] = Package("triton", ASSUMED_VERSION)
             implied: dict[str, object] = {
                 "device_type": "cuda",
                 "device_name": f"assumed SM {changes['sm']}",

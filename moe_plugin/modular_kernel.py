@@ -262,6 +262,14 @@ class StrategyPart(abc.ABC):
         return 0
 
     @classmethod
+    def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
+        """What the class will do inside, where `supports` says it runs, for the selection report: {topic: words}.
+
+        Pure, as `supports` is. For choices that change speed and not results, such as which of its kernels fit.
+        """
+        return {}
+
+    @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         """Bytes of workspace per buffer that a call of `max_tokens_per_rank` tokens takes, computed, not allocated."""
         return {}

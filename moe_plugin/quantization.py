@@ -48,8 +48,14 @@ def quantize_rows(x: torch.Tensor, group_size: int | None = None) -> tuple[torch
     depth = x.shape[-1]
     group_size = group_size or max(depth, 1)
     grouped = torch.nn.functional.pad(x.float(), (0, -depth % group_size)).unflatten(-1, (-1, group_size))
-    scale = grouped.abs().amax(dim=-1).clamp(min=LEAST_AMAX) / FP8_MAX
+    scale = _scale(grouped.abs().amax(dim=-1))
     return to_fp8(grouped / scale[..., None]).flatten(-2)[..., :depth].contiguous(), scale
+
+
+def _scale(amax: torch.Tensor) -> torch.Tensor:
+    # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a number, and a scale that is off by its last
+    # bit takes the other side of every tie, of which rows of 16-bit numbers have many.
+    return amax.clamp(min=LEAST_AMAX) / torch.full((), FP8_MAX, device=amax.device)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -133,7 +139,7 @@ def quantize_weights(w: torch.Tensor, scheme: QuantConfig, halves: int = 1) -> t
 def _quantize_matrix(w: torch.Tensor, scheme: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [E, N, D] -> (fp8, scales [E], [E, N] or [E, ceil(N/bn), ceil(D/bk)])."""
     if isinstance(scheme, Fp8PerTensor):
-        scale = w.abs().amax(dim=(1, 2)).clamp(min=LEAST_AMAX) / FP8_MAX
+        scale = _scale(w.abs().amax(dim=(1, 2)))
         return to_fp8(w / scale[:, None, None]), scale
     if isinstance(scheme, Fp8PerToken):
         quantized, scale = quantize_rows(w)
@@ -142,7 +148,7 @@ def _quantize_matrix(w: torch.Tensor, scheme: QuantConfig) -> tuple[torch.Tensor
         n, d, bn, bk = w.shape[1], w.shape[2], scheme.block_n, scheme.block_k
         padded = torch.nn.functional.pad(w, (0, -d % bk, 0, -n % bn))
         tiles = padded.unflatten(2, (-1, bk)).unflatten(1, (-1, bn))
-        scale = tiles.abs().amax(dim=(2, 4)).clamp(min=LEAST_AMAX) / FP8_MAX
+        scale = _scale(tiles.abs().amax(dim=(2, 4)))
         quantized = to_fp8(tiles / scale[:, :, None, :, None]).flatten(3).flatten(1, 2)
         return quantized[:, :n, :d].contiguous(), scale
     raise ConfigError(f"no fp8 definition for {scheme.name}")

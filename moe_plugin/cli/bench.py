@@ -73,15 +73,15 @@ def experts(
     """
     with clear_errors(traceback):
         sweep = Sweep(
-            layers=(*_listed(preset), *(layer or ())),
-            tokens=_numbers(tokens),
-            dtypes=_listed(dtype) or ("bf16",),
+            layers=(*listed(preset), *(layer or ())),
+            tokens=numbers(tokens),
+            dtypes=listed(dtype) or ("bf16",),
             strategies=tuple(strategy or ("local+triton_fused_moe",)),
-            peers=_listed(peer),
+            peers=listed(peer),
             skew=skew,
             seed=seed,
             time_budget=time_budget,
-            device=_device(device),
+            device=chosen_device(device),
         )
         for file in (json_file, csv_file, plot_file):
             _check_writable(file)
@@ -90,7 +90,7 @@ def experts(
             logging.getLogger("moe_plugin.bench").setLevel(logging.DEBUG)
         results = _run(sweep, json_file)
         # All that was measured is drawn and saved before the exit code tells of errors.
-        console = _console()
+        console = wide_console()
         _print_summary(console, results)
         if csv_file is not None:
             csv_file.write_text(to_csv([results]), encoding="utf-8")
@@ -130,7 +130,7 @@ def show(
 ) -> None:
     """Print the tables of committed results again."""
     with clear_errors(traceback):
-        console = _console()
+        console = wide_console()
         for run in [Run.load(file) for file in files]:
             _print_head(console, run)
             blocks: dict[tuple[str, str], list[Cell]] = {}
@@ -143,7 +143,7 @@ def show(
 
 def _run(sweep: Sweep, json_file: Path | None) -> Run:
     """The sweep with its progress on stderr and a table per (layer, dtype) on stdout."""
-    console, progress = _console(), Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console, progress = wide_console(), Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     latest: list[Run] = []
     block: list[Cell] = []
 
@@ -201,24 +201,24 @@ def _machine_line(machine: MachineFacts) -> str:
     return ", ".join(parts + [f"{name}: {version}" for name, version in machine.peers.items()])
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=TABLE_WIDTH)
 
 
-def _listed(values: list[str] | None) -> tuple[str, ...]:
+def listed(values: list[str] | None) -> tuple[str, ...]:
     """Options that may be repeated and may hold several by commas."""
     return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError as problem:
         raise ConfigError(f"--tokens takes whole numbers by commas, got {text!r}") from problem
 
 
-def _device(name: str) -> str:
+def chosen_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):

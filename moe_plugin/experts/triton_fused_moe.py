@@ -8,21 +8,30 @@ rows are quantized first, once each, unless the dispatcher already did. Nothing 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import fields, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig
+from moe_plugin.config import SUPPORTED_DTYPES, Fp8Block, Fp8PerToken, MoEConfig
 from moe_plugin.environment import Environment
+from moe_plugin.kernels.hopper_tiling import HopperTiles, hopper_verdict, weights_take_tma
+from moe_plugin.kernels.launch_sequence import LaunchSequence
+from moe_plugin.kernels.tile_tables import (
+    HOPPER,
+    PORTABLE,
+    PortableTiles,
+    TileLookup,
+    Tiles,
+    block_rows,
+    heuristic_tiles,
+    largest_calls,
+)
 from moe_plugin.kernels.tiling import (
-    BlockConfig,
-    block_config,
     cdiv,
     counting_sort_shapes,
-    down_block_config,
     shared_memory_bytes,
 )
 from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
@@ -41,6 +50,8 @@ from moe_plugin.workspace import Workspace
 
 if TYPE_CHECKING:
     from moe_plugin.kernels.grouped_gemm import BatchedRows, SortedRows
+    from moe_plugin.kernels.hopper_gemm import Fp8Scales
+    from moe_plugin.kernels.launcher import Launch
 
 Buffers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -56,11 +67,32 @@ class TritonFusedMoE(Experts):
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
         super().__init__(config, weights)
         device = weights.w13.device
+        self._shared_memory, self._num_sms = shared_memory_bytes(None), 0
+        self._hopper = False
+        device_name = device.type
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             self._shared_memory = shared_memory_bytes(10 * major + minor)
-        else:
-            self._shared_memory = shared_memory_bytes(None)
+            properties = torch.cuda.get_device_properties(device)
+            self._num_sms, device_name = properties.multi_processor_count, properties.name
+            dense = weights_take_tma(weights.w13) and weights_take_tma(weights.w2)
+            self._hopper = dense and hopper_verdict(config, Environment.probe("cuda")).ok
+        self.tiles = TileLookup(config, device_name, self._shared_memory)
+        given = ((field.name, getattr(weights, field.name)) for field in fields(weights))
+        present = [(name, tensor) for name, tensor in given if tensor is not None]
+        self._weight_tensors = [tensor for _, tensor in present]
+        # All that launches depend on besides tiles, the arguments of `apply` and where the weights lie.
+        self._facts = (
+            tuple(config.shared_fields().items()),
+            (config.num_local_experts, self._hopper, self._num_sms),
+            tuple((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in present),
+        )
+        self._plans: dict[tuple[TileLookup, str, int], tuple[Tiles, object]] = {}
+
+    @property
+    def kernels(self) -> str:
+        """Which grouped GEMMs run where rows come unquantized in the Standard format: "hopper" or "portable"."""
+        return HOPPER if self._hopper else PORTABLE
 
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
@@ -76,9 +108,20 @@ class TritonFusedMoE(Experts):
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
         """Standard format, with as many rows as the ranks of the EP group can send to this one."""
         num_rows = config.max_received_rows
-        buffers = dict(standard_buffers(config, num_rows, config.top_k))
+        buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        # Which kernels run, and in which tiles, depends on the machine: the largest need counts.
+        for kernels, rows, rows_of_block in largest_calls(config, num_rows):
+            needs = hopper_buffers if kernels == HOPPER else standard_buffers
+            for name, spec in needs(config, rows, config.top_k, rows_of_block).items():
+                buffers[name] = max(buffers.get(name, spec), spec, key=lambda each: prod(each[0]))
         buffers["output"] = ((num_rows, config.hidden_size), config.dtype)
         return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in buffers.items()}
+
+    @classmethod
+    def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
+        verdict = hopper_verdict(config, environment)
+        words = "hopper: TMA, wgmma, warp specialization" if verdict.ok else f"portable: {verdict.reason}"
+        return {"kernels": words}
 
     def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
         """See Experts.apply. Without `output` the result lies in `workspace`."""
@@ -89,72 +132,177 @@ class TritonFusedMoE(Experts):
     def _apply_standard(
         self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None
     ) -> torch.Tensor:
-        from moe_plugin.kernels.counting_sort import counting_sort
-        from moe_plugin.kernels.grouped_gemm import SortedRows
-        from moe_plugin.kernels.row_sum import row_sum
-
         config, local_ids = self.config, dispatched.local_ids
         assert local_ids is not None
-        num_rows, top_k = local_ids.shape
+        num_rows = local_ids.shape[0]
         if output is None:
             output = workspace.tensor("output", (num_rows, config.hidden_size), config.dtype)
-        if config.num_local_experts == 0 or num_rows == 0:
+        if num_rows == 0 or self.weights.w13.shape[0] == 0:
             return output.zero_()
+        on_hopper = self._hopper and dispatched.scales is None
+        tiles, kind = self._plan(HOPPER if on_hopper else PORTABLE, num_rows)
 
-        def make_buffers() -> dict[str, torch.Tensor]:
-            return _tensors(workspace, standard_buffers(config, num_rows, top_k))
+        def launches() -> list[Launch]:
+            describe: Any = self._hopper_launches if on_hopper else self._standard_launches
+            return describe(dispatched, local_ids, workspace, output, tiles)
 
-        buffers = workspace.cached(("standard", num_rows, top_k), make_buffers)
-        block = block_of(config, num_rows, self._shared_memory)
+        tensors = (dispatched.activations, local_ids, dispatched.topk_weights, dispatched.scales, output)
+        self._run(kind, local_ids.shape, tensors, workspace, launches)
+        return output
+
+    def _plan(self, kernels: str, num_rows: int) -> tuple[Tiles, object]:
+        """The tiles for `num_rows` rows, and an object that stands for the tiles and all other facts of the layer."""
+        plan = self._plans.get((self.tiles, kernels, num_rows))
+        if plan is None:
+            lookups: dict[str, Callable[[int], Tiles]]
+            lookups = {HOPPER: self.tiles.hopper, PORTABLE: self.tiles.portable, _BATCHED: self.tiles.batched}
+            tiles = lookups[kernels](num_rows)
+            plan = tiles, _one_object(kernels, tiles, self._facts)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[self.tiles, kernels, num_rows] = plan
+        return plan
+
+    def _run(
+        self,
+        kind: object,
+        shape: Hashable,
+        tensors: Sequence[torch.Tensor | None],
+        workspace: Workspace,
+        launches: Callable[[], Sequence[Launch]],
+    ) -> None:
+        """Launch; with what is known of a call of the same kind and layouts, whichever layer's, if there was one.
+
+        shape: from which, with the configuration, those of all tensors follow.
+        """
+        layouts = [None if each is None else (each.dtype, each.stride()) for each in tensors]
+        sequence = workspace.cached((kind, shape, *layouts), LaunchSequence)
+        sequence([each for each in tensors if each is not None] + self._weight_tensors, launches)
+
+    def _standard_launches(
+        self,
+        dispatched: Dispatched,
+        local_ids: torch.Tensor,
+        workspace: Workspace,
+        output: torch.Tensor,
+        tiles: PortableTiles,
+    ) -> list[Launch]:
+        from moe_plugin.kernels.counting_sort import counting_sort_launches
+        from moe_plugin.kernels.grouped_gemm import SortedRows
+        from moe_plugin.kernels.row_sum import row_sum_launches
+
+        config = self.config
+        num_rows, top_k = local_ids.shape
+        buffers = _tensors(workspace, standard_buffers(config, num_rows, top_k, tiles.block_m))
         sort_buffers = {name: buffers[name] for name in counting_sort_shapes(0, 0, 0, 1)}
-        counting_sort(local_ids, config.num_local_experts, block.block_m, **sort_buffers)
         rows = SortedRows(buffers["sorted_pairs"], buffers["block_expert"], num_rows * top_k, top_k)
-        self._gemms(dispatched, buffers, buffers["slot_output"], rows, block)
-        weights, slots = dispatched.topk_weights, buffers["slot_of_pair"]
-        return row_sum(buffers["slot_output"], slots, weights, output, use_triton=True)
+        slot_output, slots = buffers["slot_output"], buffers["slot_of_pair"]
+        return [
+            *counting_sort_launches(local_ids, config.num_local_experts, tiles.block_m, **sort_buffers),
+            *self._gemm_launches(dispatched, buffers, slot_output, rows, tiles),
+            *row_sum_launches(slot_output, slots, dispatched.topk_weights, output),
+        ]
+
+    def _hopper_launches(
+        self,
+        dispatched: Dispatched,
+        local_ids: torch.Tensor,
+        workspace: Workspace,
+        output: torch.Tensor,
+        tiles: HopperTiles,
+    ) -> list[Launch]:
+        """Rows are copied to slot order first (and quantized on the way), so that TMA can load them in tiles."""
+        from moe_plugin.kernels import hopper_gemm
+        from moe_plugin.kernels.counting_sort import counting_sort_launches
+        from moe_plugin.kernels.quantize_rows import permute_rows_launches
+        from moe_plugin.kernels.row_sum import row_sum_launches
+
+        config, weights, num_sms = self.config, self.weights, self._num_sms
+        num_rows, top_k = local_ids.shape
+        buffers = _tensors(workspace, hopper_buffers(config, num_rows, top_k, tiles.block_x))
+        sort_buffers = {name: buffers[name] for name in counting_sort_shapes(0, 0, 0, 1)}
+        slots, x, x_scale = buffers["slot_of_pair"], buffers["activations"], buffers.get("activation_scale")
+        blocks = hopper_gemm.SlotBlocks(buffers["block_expert"], buffers["num_blocks"])
+        inner, slot_output = buffers["intermediate"], buffers["slot_output"]
+        gate_up, down = self._hopper_scales(x_scale, buffers.get("intermediate_scale"))
+        return [
+            *counting_sort_launches(local_ids, config.num_local_experts, tiles.block_x, **sort_buffers),
+            *permute_rows_launches(dispatched.activations, slots, x, x_scale, static_scale=weights.a13_scale),
+            *hopper_gemm.gate_up_activation_launches(
+                x, weights.w13, weights.w13_bias, inner, blocks, tiles.gate_up, config, num_sms, gate_up
+            ),
+            *hopper_gemm.down_launches(
+                inner, weights.w2, weights.w2_bias, slot_output, blocks, tiles.down, num_sms, down
+            ),
+            *row_sum_launches(slot_output, slots, dispatched.topk_weights, output),
+        ]
+
+    def _hopper_scales(
+        self, x_scale: torch.Tensor | None, intermediate_scale: torch.Tensor | None
+    ) -> tuple[Fp8Scales | None, Fp8Scales | None]:
+        from moe_plugin.kernels.hopper_gemm import Fp8Scales
+
+        scheme, weights = self.config.quantization, self.weights
+        if scheme is None:
+            return None, None
+        w_kind: Any = {Fp8Block: "block", Fp8PerToken: "channel"}.get(type(scheme), "tensor")
+        assert weights.w13_scale is not None and weights.w2_scale is not None
+        if x_scale is None or intermediate_scale is None:
+            assert weights.a13_scale is not None and weights.a2_scale is not None
+            return (
+                Fp8Scales(weights.a13_scale, "tensor", weights.w13_scale, w_kind, weights.a2_scale, "static"),
+                Fp8Scales(weights.a2_scale, "expert", weights.w2_scale, w_kind),
+            )
+        x_kind: Any = "group" if input_group_size(scheme) else "row"
+        return (
+            Fp8Scales(x_scale, x_kind, weights.w13_scale, w_kind, intermediate_scale, "group"),
+            Fp8Scales(intermediate_scale, "group", weights.w2_scale, w_kind),
+        )
 
     def _apply_batched(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None) -> torch.Tensor:
-        from moe_plugin.kernels.grouped_gemm import BatchedRows
-
         config, expert_num_tokens = self.config, dispatched.expert_num_tokens
         assert expert_num_tokens is not None
         shape = tuple(dispatched.activations.shape)
-        max_tokens = shape[1]
-
-        def make_buffers() -> dict[str, torch.Tensor]:
-            return _tensors(workspace, _gemm_buffers(config, shape[:2], shape[:2]))
-
-        buffers = workspace.cached(("batched", shape), make_buffers)
         if output is None:
             output = workspace.tensor("output", shape, config.dtype)
-        block = block_of(config, max_tokens, self._shared_memory)
-        self._gemms(dispatched, buffers, output, BatchedRows(expert_num_tokens, max_tokens), block)
+        tiles, kind = self._plan(_BATCHED, shape[1])
+
+        def launches() -> list[Launch]:
+            from moe_plugin.kernels.grouped_gemm import BatchedRows
+
+            assert isinstance(tiles, PortableTiles)
+            buffers = _tensors(workspace, _gemm_buffers(config, shape[:2], shape[:2]))
+            rows = BatchedRows(expert_num_tokens, shape[1])
+            return self._gemm_launches(dispatched, buffers, output, rows, tiles)
+
+        tensors = (dispatched.activations, expert_num_tokens, dispatched.scales, output)
+        self._run(kind, shape, tensors, workspace, launches)
         return output
 
-    def _gemms(
+    def _gemm_launches(
         self,
         dispatched: Dispatched,
         buffers: Mapping[str, torch.Tensor],
         out: torch.Tensor,
         rows: SortedRows | BatchedRows,
-        block: BlockConfig,
-    ) -> None:
+        tiles: PortableTiles,
+    ) -> list[Launch]:
         """Quantization and both GEMMs, to one row of `out` per slot."""
-        from moe_plugin.kernels.grouped_gemm import down, gate_up_activation
+        from moe_plugin.kernels.grouped_gemm import down_launches, gate_up_activation_launches
 
         config, weights = self.config, self.weights
-        x, x_scale = self._quantized(dispatched, buffers)
+        x, x_scale, quantization = self._quantized(dispatched, buffers)
         intermediate, intermediate_scale = buffers["intermediate"], weights.a2_scale
         if "intermediate_scale" in buffers:
             # Scales of a group lie next to each other, since a tile of rows reads one group at a time.
             intermediate_scale = buffers["intermediate_scale"].mT
-        gate_up_activation(
+        gate_up = gate_up_activation_launches(
             x,
             weights.w13,
             weights.w13_bias,
             intermediate,
             rows,
-            block,
+            tiles.gate_up,
             config.activation,
             config.swiglu_alpha,
             config.swiglu_limit,
@@ -162,37 +310,48 @@ class TritonFusedMoE(Experts):
             w13_scale=weights.w13_scale,
             out_scale=intermediate_scale,
         )
-        down(
+        down = down_launches(
             intermediate,
             weights.w2,
             weights.w2_bias,
             out,
             rows,
-            down_block_config(block, config.weight_dtype, self._shared_memory),
+            tiles.down,
             x_scale=intermediate_scale,
             w2_scale=weights.w2_scale,
         )
+        return [*quantization, *gate_up, *down]
 
     def _quantized(
         self, dispatched: Dispatched, buffers: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows in the dtype of the weights, with their scales for fp8."""
-        from moe_plugin.kernels.quantize_rows import quantize_rows
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[Launch]]:
+        """The rows in the dtype of the weights, with their scales for fp8, and the launches that make them."""
+        from moe_plugin.kernels.quantize_rows import quantize_rows_launches
 
         activations, static_scale = dispatched.activations, self.weights.a13_scale
         if self.config.quantization is None or dispatched.scales is not None:
-            return activations, dispatched.scales
+            return activations, dispatched.scales, []
         scales = None if static_scale is not None else buffers["activation_scale"]
         # In the Standard format all rows are some expert's, or not there.
         expert_num_tokens = dispatched.expert_num_tokens if activations.dim() == 3 else None
-        quantize_rows(
+        launches = quantize_rows_launches(
             activations,
             buffers["activations"],
             scales,
             static_scale=static_scale,
             expert_num_tokens=expert_num_tokens,
         )
-        return buffers["activations"], static_scale if scales is None else scales
+        return buffers["activations"], static_scale if scales is None else scales, launches
+
+
+_BATCHED = "batched"
+_MAX_PLANS = 4096
+
+
+@functools.lru_cache(maxsize=_MAX_PLANS)
+def _one_object(*facts: Hashable) -> object:
+    """The same object for the same facts: a part of keys that is quick to hash, whatever the facts are."""
+    return object()
 
 
 def _gate_device(config: MoEConfig, environment: Environment) -> Gate:
@@ -211,17 +370,38 @@ def _gate_interpreter(environment: Environment) -> Gate:
     )
 
 
-def block_of(config: MoEConfig, num_rows: int, shared_memory: int) -> BlockConfig:
-    """The tile for `num_rows` received rows (or BatchedExperts slots per expert), if routing were uniform."""
-    return _block_config(cdiv(num_rows * config.top_k, config.num_experts), config.weight_dtype, shared_memory)
+def hopper_tiles_of(config: MoEConfig, num_rows: int) -> HopperTiles:
+    """The untuned Hopper tiles for `num_rows` received rows."""
+    tiles = heuristic_tiles(HOPPER, config, num_rows, shared_memory_bytes(90))
+    assert isinstance(tiles, HopperTiles)
+    return tiles
 
 
-_block_config = functools.lru_cache(maxsize=1024)(block_config)
+def hopper_buffers(config: MoEConfig, num_rows: int, top_k: int, block_x: int) -> Buffers:
+    """As `standard_buffers`, with activations in slot order and their scales group by group."""
+    scheme, hidden, inner = config.quantization, config.hidden_size, config.local_intermediate_size
+    sort_shapes = counting_sort_shapes(num_rows, top_k, config.num_local_experts, block_x)
+    (slots,) = sort_shapes["sorted_pairs"]
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        **{name: (shape, torch.int32) for name, shape in sort_shapes.items()},
+        "activations": ((slots, hidden), config.weight_dtype),
+        "intermediate": ((slots, inner), config.weight_dtype),
+        "slot_output": ((slots, hidden), config.dtype),
+    }
+    if scheme is not None and not has_static_activations(scheme):
+        groups = cdiv(hidden, input_group_size(scheme) or hidden)
+        buffers["activation_scale"] = ((groups, slots), torch.float32)
+        buffers["intermediate_scale"] = ((cdiv(inner, GROUP_SIZE), slots), torch.float32)
+    return buffers
 
 
-def standard_buffers(config: MoEConfig, num_rows: int, top_k: int) -> Buffers:
-    """Shape and dtype of each workspace buffer of a call with `num_rows` rows of `top_k` local ids."""
-    block_m = block_of(config, num_rows, shared_memory_bytes(None)).block_m
+def standard_buffers(config: MoEConfig, num_rows: int, top_k: int, block_m: int | None = None) -> Buffers:
+    """Shape and dtype of each workspace buffer of a call with `num_rows` rows of `top_k` local ids.
+
+    block_m: rows of a block; as untuned when None.
+    """
+    if block_m is None:
+        block_m = block_rows(heuristic_tiles(PORTABLE, config, num_rows, shared_memory_bytes(None)))
     sort_shapes = counting_sort_shapes(num_rows, top_k, config.num_local_experts, block_m)
     slots = sort_shapes["sorted_pairs"]
     return {

@@ -10,13 +10,13 @@ Example, N = 3 rows, K = 2, two experts, block_m = 2:
     num_blocks         [3]                            blocks in use
 
 Up to ONE_LAUNCH_PAIRS pairs and ONE_LAUNCH_EXPERTS experts take one launch: every program counts all ids and then
-places its own share of pairs and blocks. More take three launches:
+places its own share of pairs and blocks. More take two or, for very many, three launches:
 
     count   chunk_counts[c, e] = pairs of expert e in chunk c of SORT_CHUNK pairs
     scan    chunk_counts[c, e] = pairs of expert e in the chunks before c; expert_num_tokens[e] = all of them
-    place   slot of a pair = segment start of its expert + chunk_counts[c, e] + its rank within the chunk
+    place   slot of a pair = segment start of its expert + its pairs in the chunks before + its rank within the chunk
 
-Both forms keep the order of the pairs within an expert and so give the same bits in every run. All sizes follow from
+All forms keep the order of the pairs within an expert and so give the same bits in every run. All sizes follow from
 (N, K, experts, block_m), see `tiling.max_num_blocks`: no host sync, capturable in a CUDA graph.
 """
 
@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.dependent_launch import dependent_launch, wait_for_the_kernel_before
+from moe_plugin.kernels.launcher import Launch, Launcher
 from moe_plugin.kernels.tiling import SORT_CHUNK, cdiv, next_power_of_2
 
 ONE_LAUNCH_PAIRS = 1024
@@ -34,10 +35,16 @@ ONE_LAUNCH_EXPERTS = 1024
 
 _SHARE = 32
 _ONE_LAUNCH_WARPS = 4
+_HISTOGRAM_LANES = 32 * _ONE_LAUNCH_WARPS
+"""With fewer lanes than threads a histogram would count a pair once for each thread that holds it."""
+_MAX_UNSCANNED_CHUNKS = 128
+"""Up to here every program adds up the counts of all chunks itself; beyond, a launch of its own does it once."""
 _EXPERT_TILE = 64
-_CHUNK_TILE = 64
+_SCAN_TILE = 64
+_CHUNK_TILE = 32
 _RANK_TILE = 32
-_BLOCK_TILE = 32
+_BLOCK_TILE = 64
+_PLACE_WARPS = 4
 
 
 @triton.jit
@@ -53,8 +60,9 @@ def _load_ids(
 @triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(
     local_ids_ptr, chunk_counts_ptr, num_pairs, stride_n, stride_k,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, EXPERT_TILE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr, EXPERT_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_the_kernel_before(PDL)
     chunk = tl.program_id(0)
     experts = tl.program_id(1) * EXPERT_TILE + tl.arange(0, EXPERT_TILE)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -66,8 +74,9 @@ def _count_kernel(
 @triton.jit(do_not_specialize=["num_chunks"])
 def _scan_kernel(
     chunk_counts_ptr, expert_num_tokens_ptr, num_chunks,
-    NUM_EXPERTS: tl.constexpr, CHUNK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, CHUNK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_the_kernel_before(PDL)
     experts = tl.program_id(0) * EXPERT_TILE + tl.arange(0, EXPERT_TILE)
     before = tl.zeros([EXPERT_TILE], tl.int32)
     first_chunk = 0
@@ -84,97 +93,66 @@ def _scan_kernel(
 
 
 @triton.jit
-def _load_segments(
-    expert_num_tokens_ptr, first_expert, segment_end,
-    NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, EXPERT_TILE: tl.constexpr,
-):  # fmt: skip
-    """Experts of one tile with the starts and ends of their padded segments, given the end of those before."""
-    experts = first_expert + tl.arange(0, EXPERT_TILE)
-    counts = tl.load(expert_num_tokens_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
+def _ends_of_segments(counts, BLOCK_M: tl.constexpr):
+    """Ends of the segments that hold `counts` [experts] pairs, padded to whole blocks, and their padded lengths."""
     padded = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    ends = segment_end + tl.cumsum(padded, axis=0)
-    return experts, counts, ends - padded, ends
+    return tl.cumsum(padded, axis=0), padded
 
 
 @triton.jit
-def _place_pairs(
-    local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, chunk,
-    num_pairs, stride_n, stride_k,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-    RANK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+def _read_counts(
+    chunk_counts_ptr, expert_num_tokens_ptr, chunk, num_chunks, experts,
+    NUM_EXPERTS: tl.constexpr, SCANNED: tl.constexpr, CHUNK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the pairs of one chunk to their slots, and the slots to their pairs."""
-    lanes = tl.arange(0, CHUNK)
-    pairs = chunk * CHUNK + lanes
-    ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
-    slots = tl.load(chunk_counts_ptr + chunk * NUM_EXPERTS + ids, mask=ids >= 0, other=0)
-
-    for first_lane in range(0, CHUNK, RANK_TILE):
-        other_lanes = first_lane + tl.arange(0, RANK_TILE)
-        other_ids = _load_ids(
-            local_ids_ptr, chunk * CHUNK + other_lanes, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K
+    """Pairs of each expert before `chunk`, and in all chunks."""
+    in_range = experts < NUM_EXPERTS
+    if SCANNED:
+        before = tl.load(
+            chunk_counts_ptr + chunk * NUM_EXPERTS + experts, mask=in_range & (chunk < num_chunks), other=0
         )
-        earlier = (ids[:, None] == other_ids[None, :]) & (other_lanes[None, :] < lanes[:, None])
-        slots += tl.sum(earlier.to(tl.int32), axis=1)
+        total = tl.load(expert_num_tokens_ptr + experts, mask=in_range, other=0)
+    else:
+        before = tl.zeros_like(experts)
+        total = tl.zeros_like(experts)
+        first_chunk = 0
+        while first_chunk < num_chunks:
+            chunks = first_chunk + tl.arange(0, CHUNK_TILE)
+            counts_ptrs = chunk_counts_ptr + chunks[:, None] * NUM_EXPERTS + experts[None, :]
+            counts = tl.load(counts_ptrs, mask=(chunks < num_chunks)[:, None] & in_range[None, :], other=0)
+            before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), axis=0)
+            total += tl.sum(counts, axis=0)
+            first_chunk += CHUNK_TILE
+    return before, total
 
-    segment_end = 0
-    for first_expert in range(0, NUM_EXPERTS, EXPERT_TILE):
-        experts, _, starts, ends = _load_segments(
-            expert_num_tokens_ptr, first_expert, segment_end, NUM_EXPERTS, BLOCK_M, EXPERT_TILE
-        )
-        slots += tl.sum(tl.where(ids[:, None] == experts[None, :], starts[None, :], 0), axis=1)
-        segment_end = tl.max(ends, axis=0)
 
-    tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
+@triton.jit
+def _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs):
+    if sorted_pairs_ptr is not None:
+        tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
     tl.store(slot_of_pair_ptr + pairs, tl.where(ids >= 0, slots, -1), mask=pairs < num_pairs)
 
 
 @triton.jit
 def _store_blocks(
-    sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
-    blocks, block_expert, filled_end, last_end, tile, num_pairs, max_blocks,
-    BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr,
+    sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, blocks, experts, counts, ends, padded, num_pairs, max_blocks,
+    NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the experts of one tile of blocks, their padding, and by tile 0 the number of blocks in use.
-
-    filled_end: per block, the end of the pairs of the last segment begun by its first slot. last_end: of all segments.
-    """
+    """Write the experts of one tile of blocks, fill their slots that hold no pair, and count the blocks in use."""
     first_slots = blocks * BLOCK_M
+    last_end = tl.max(ends, axis=0)
     in_range = blocks < max_blocks
+    passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
+    block_expert = tl.sum(passed.to(tl.int32), axis=1)
     tl.store(block_expert_ptr + blocks, tl.where(first_slots < last_end, block_expert, -1), mask=in_range)
-    slots = first_slots[:, None] + tl.arange(0, BLOCK_M)[None, :]
-    padding = in_range[:, None] & (slots >= filled_end[:, None])
-    tl.store(sorted_pairs_ptr + slots, tl.zeros([BLOCK_TILE, BLOCK_M], tl.int32) + num_pairs, mask=padding)
-    if tile == 0:
-        tl.store(num_blocks_ptr, last_end // BLOCK_M)
-
-
-@triton.jit
-def _label_blocks(
-    expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, tile, num_pairs, max_blocks,
-    NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
-):  # fmt: skip
-    """Name the expert of each block of one tile and fill the slots that hold no pair."""
-    blocks = tile * BLOCK_TILE + tl.arange(0, BLOCK_TILE)
-    first_slots = blocks * BLOCK_M
-    block_expert = tl.zeros([BLOCK_TILE], tl.int32)
-    filled_end = tl.zeros([BLOCK_TILE], tl.int32)
-    segment_end = 0
-    for first_expert in range(0, NUM_EXPERTS, EXPERT_TILE):
-        experts, counts, starts, ends = _load_segments(
-            expert_num_tokens_ptr, first_expert, segment_end, NUM_EXPERTS, BLOCK_M, EXPERT_TILE
-        )
-        passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
-        block_expert += tl.sum(passed.to(tl.int32), axis=1)
+    tl.store(num_blocks_ptr + blocks, tl.zeros_like(blocks) + last_end // BLOCK_M, mask=blocks == 0)
+    if sorted_pairs_ptr is not None:
         # Starts ascend, so of all segments begun by the block's first slot the last one ends furthest.
+        starts = ends - padded
         begun = starts[None, :] <= first_slots[:, None]
-        filled_end = tl.maximum(filled_end, tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1))
-        segment_end = tl.max(ends, axis=0)
-
-    _store_blocks(
-        sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
-        blocks, block_expert, filled_end, segment_end, tile, num_pairs, max_blocks, BLOCK_M, BLOCK_TILE,
-    )  # fmt: skip
+        filled_end = tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1)
+        slots = first_slots[:, None] + tl.arange(0, BLOCK_M)[None, :]
+        padding = in_range[:, None] & (slots >= filled_end[:, None])
+        tl.store(sorted_pairs_ptr + slots, tl.zeros([BLOCK_TILE, BLOCK_M], tl.int32) + num_pairs, mask=padding)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks", "max_blocks"])
@@ -182,19 +160,39 @@ def _place_kernel(
     local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr,
     sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
     num_pairs, num_chunks, max_blocks, stride_n, stride_k,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-    RANK_TILE: tl.constexpr, BLOCK_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, SCANNED: tl.constexpr,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_TILE: tl.constexpr, RANK_TILE: tl.constexpr,
+    BLOCK_TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Programs up to num_chunks place the pairs of one chunk, the others label one tile of blocks."""
+    wait_for_the_kernel_before(PDL)
     program = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    before, total = _read_counts(
+        chunk_counts_ptr, expert_num_tokens_ptr, program, num_chunks, experts, NUM_EXPERTS, SCANNED, CHUNK_TILE
+    )
+    ends, padded = _ends_of_segments(total, BLOCK_M)
     if program < num_chunks:
-        _place_pairs(
-            local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, program,
-            num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K, BLOCK_M, CHUNK, RANK_TILE, EXPERT_TILE,
-        )  # fmt: skip
+        lanes = tl.arange(0, CHUNK)
+        pairs = program * CHUNK + lanes
+        ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
+        slots = tl.gather(ends - padded + before, tl.maximum(ids, 0), 0)
+        for first_lane in range(0, CHUNK, RANK_TILE):
+            other_lanes = first_lane + tl.arange(0, RANK_TILE)
+            other_ids = _load_ids(
+                local_ids_ptr, program * CHUNK + other_lanes, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K
+            )
+            earlier = (ids[:, None] == other_ids[None, :]) & (other_lanes[None, :] < lanes[:, None])
+            slots += tl.sum(earlier.to(tl.int32), axis=1)
+        _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs)
     else:
-        _label_blocks(
-            expert_num_tokens_ptr, sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, program - num_chunks,
-            num_pairs, max_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE, EXPERT_TILE,
+        tile = program - num_chunks
+        if not SCANNED:  # noqa: SIM102 - a constant, known when the kernel is compiled
+            if tile == 0:
+                tl.store(expert_num_tokens_ptr + experts, total, mask=experts < NUM_EXPERTS)
+        _store_blocks(
+            sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, tile * BLOCK_TILE + tl.arange(0, BLOCK_TILE),
+            experts, total, ends, padded, num_pairs, max_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE,
         )  # fmt: skip
 
 
@@ -203,36 +201,32 @@ def _one_launch_kernel(
     local_ids_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
     num_pairs, max_blocks, stride_n, stride_k,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SHARE: tl.constexpr,
+    PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SHARE: tl.constexpr, HISTOGRAM_LANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """PAIRS and EXPERTS: num_pairs and NUM_EXPERTS rounded up to powers of two."""
+    wait_for_the_kernel_before(PDL)
     program = tl.program_id(0)
     all_pairs = tl.arange(0, PAIRS)
     all_ids = _load_ids(local_ids_ptr, all_pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
     experts = tl.arange(0, EXPERTS)
-    counts = tl.histogram(all_ids, EXPERTS, mask=all_ids >= 0)
-    ends = tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M, axis=0)
-    starts = ends - (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if PAIRS < HISTOGRAM_LANES:
+        counts = tl.sum((all_ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    else:
+        counts = tl.histogram(all_ids, EXPERTS, mask=all_ids >= 0)
+    ends, padded = _ends_of_segments(counts, BLOCK_M)
     if program == 0:
         tl.store(expert_num_tokens_ptr + experts, counts, mask=experts < NUM_EXPERTS)
 
     pairs = program * SHARE + tl.arange(0, SHARE)
     ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
     earlier = (ids[:, None] == all_ids[None, :]) & (all_pairs[None, :] < pairs[:, None])
-    slots = tl.sum(earlier.to(tl.int32), axis=1)
-    slots += tl.sum(tl.where(ids[:, None] == experts[None, :], starts[None, :], 0), axis=1)
-    tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
-    tl.store(slot_of_pair_ptr + pairs, tl.where(ids >= 0, slots, -1), mask=pairs < num_pairs)
-
+    slots = tl.gather(ends - padded, tl.maximum(ids, 0), 0) + tl.sum(earlier.to(tl.int32), axis=1)
+    _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs)
     # There are at most as many blocks as pairs, so the programs' shares of pairs number all blocks as well.
-    first_slots = pairs * BLOCK_M
-    passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
-    begun = starts[None, :] <= first_slots[:, None]
-    filled_end = tl.max(tl.where(begun, (starts + counts)[None, :], 0), axis=1)
     _store_blocks(
-        sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr,
-        pairs, tl.sum(passed.to(tl.int32), axis=1), filled_end, tl.max(ends, axis=0), program, num_pairs, max_blocks,
-        BLOCK_M, SHARE,
+        sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, pairs, experts, counts, ends, padded, num_pairs, max_blocks,
+        NUM_EXPERTS, BLOCK_M, SHARE,
     )  # fmt: skip
 
 
@@ -247,7 +241,7 @@ def counting_sort(
     num_experts: int,
     block_m: int,
     *,
-    sorted_pairs: torch.Tensor,
+    sorted_pairs: torch.Tensor | None,
     slot_of_pair: torch.Tensor,
     block_expert: torch.Tensor,
     expert_num_tokens: torch.Tensor,
@@ -258,55 +252,91 @@ def counting_sort(
 
     local_ids: int32 [N, K], any strides; entries outside [0, num_experts) are skipped.
     block_m: power of two.
-    sorted_pairs: int32 [blocks * block_m], receives pair indices n * K + k; padding is N * K.
+    sorted_pairs: int32 [blocks * block_m], receives pair indices n * K + k; padding is N * K. None: not wanted.
     slot_of_pair: int32 [N, K], receives each pair's place in sorted_pairs; -1 for skipped pairs.
     block_expert: int32 [blocks], receives each block's expert; -1 past the last segment.
     expert_num_tokens: int32 [num_experts], receives the pairs of each expert.
     num_blocks: int32 [1], receives the number of blocks in use.
     chunk_counts: int32 [chunks, num_experts], scratch.
     """
-    num_pairs, top_k = local_ids.numel(), local_ids.shape[1]
-    if num_experts == 0 or num_pairs == 0:
+    if num_experts == 0 or local_ids.numel() == 0:
         slot_of_pair.fill_(-1)
         expert_num_tokens.zero_()
         num_blocks.zero_()
         return
-    max_blocks = block_expert.numel()
+    launches = counting_sort_launches(
+        local_ids,
+        num_experts,
+        block_m,
+        sorted_pairs=sorted_pairs,
+        slot_of_pair=slot_of_pair,
+        block_expert=block_expert,
+        expert_num_tokens=expert_num_tokens,
+        num_blocks=num_blocks,
+        chunk_counts=chunk_counts,
+    )
+    for launch in launches:
+        launch.run()
+
+
+def counting_sort_launches(
+    local_ids: torch.Tensor,
+    num_experts: int,
+    block_m: int,
+    *,
+    sorted_pairs: torch.Tensor | None,
+    slot_of_pair: torch.Tensor,
+    block_expert: torch.Tensor,
+    expert_num_tokens: torch.Tensor,
+    num_blocks: torch.Tensor,
+    chunk_counts: torch.Tensor,
+) -> list[Launch]:
+    """What `counting_sort` launches for at least one pair and one expert."""
+    num_pairs, top_k = local_ids.numel(), local_ids.shape[1]
+    max_blocks, pdl = block_expert.numel(), dependent_launch()
     stride_n, stride_k = local_ids.stride()
     if num_pairs <= ONE_LAUNCH_PAIRS and num_experts <= ONE_LAUNCH_EXPERTS:
-        # No fewer lanes than threads, so that none counts another's pair a second time.
-        pairs_padded = max(next_power_of_2(num_pairs), 32 * _ONE_LAUNCH_WARPS)
+        pairs_padded = max(next_power_of_2(num_pairs), 16)
         experts_padded = max(next_power_of_2(num_experts), 32 * _ONE_LAUNCH_WARPS)
-        _launch_one(
+        one = _launch_one.launch(
             (cdiv(num_pairs, _SHARE),),
             (
                 local_ids, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
                 num_pairs, max_blocks, stride_n, stride_k,
             ),
-            (num_experts, top_k, block_m, pairs_padded, experts_padded, _SHARE),
+            (num_experts, top_k, block_m, pairs_padded, experts_padded, _SHARE, _HISTOGRAM_LANES, pdl),
             num_warps=_ONE_LAUNCH_WARPS,
+            launch_pdl=pdl,
         )  # fmt: skip
-        return
+        return [one]
     num_chunks = chunk_counts.shape[0]
     expert_tiles = cdiv(num_experts, _EXPERT_TILE)
-    _launch_count(
+    count = _launch_count.launch(
         (num_chunks, expert_tiles),
         (local_ids, chunk_counts, num_pairs, stride_n, stride_k),
-        (num_experts, top_k, SORT_CHUNK, _EXPERT_TILE),
+        (num_experts, top_k, SORT_CHUNK, _EXPERT_TILE, pdl),
         num_warps=4,
+        launch_pdl=pdl,
     )
-    _launch_scan(
+    scanned = num_chunks > _MAX_UNSCANNED_CHUNKS
+    scan = _launch_scan.launch(
         (expert_tiles,),
         (chunk_counts, expert_num_tokens, num_chunks),
-        (num_experts, _CHUNK_TILE, _EXPERT_TILE),
+        (num_experts, _SCAN_TILE, _EXPERT_TILE, pdl),
         num_warps=4,
+        launch_pdl=pdl,
     )
-    _launch_place(
+    place = _launch_place.launch(
         (num_chunks + cdiv(max_blocks, _BLOCK_TILE),),
         (
             local_ids, chunk_counts, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
             num_pairs, num_chunks, max_blocks, stride_n, stride_k,
         ),
-        (num_experts, top_k, block_m, SORT_CHUNK, _RANK_TILE, _BLOCK_TILE, _EXPERT_TILE),
-        num_warps=8,
+        (
+            num_experts, top_k, block_m, scanned, next_power_of_2(num_experts), SORT_CHUNK, _CHUNK_TILE, _RANK_TILE,
+            _BLOCK_TILE, pdl,
+        ),
+        num_warps=_PLACE_WARPS,
+        launch_pdl=pdl,
     )  # fmt: skip
+    return [count, scan, place] if scanned else [count, place]

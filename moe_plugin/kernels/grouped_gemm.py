@@ -37,7 +37,7 @@ import triton.language as tl
 
 from moe_plugin.config import Activation
 from moe_plugin.kernels.interpreter import dot, round_to
-from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.quantize_rows import dynamic_scale
 from moe_plugin.kernels.tiling import BlockConfig, cdiv
 from moe_plugin.quantization import GROUP_SIZE
@@ -356,7 +356,7 @@ _launch_gate_up_activation = Launcher(_gate_up_activation_kernel)
 _launch_down = Launcher(_down_kernel)
 
 
-def gate_up_activation(
+def gate_up_activation_launches(
     x: torch.Tensor,
     w13: torch.Tensor,
     bias: torch.Tensor | None,
@@ -370,8 +370,8 @@ def gate_up_activation(
     x_scale: torch.Tensor | None = None,
     w13_scale: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-) -> None:
-    """The first GEMM of the experts with bias, gated activation and, for fp8, quantization of the result.
+) -> list[Launch]:
+    """The launches of the experts' first GEMM with bias, gated activation and, for fp8, quantization of the result.
 
     x: [N, H], or [E, M, H] with BatchedRows. w13: [E, 2I, H]. bias: [E, 2I] or None. out: [slots, I], or [E, M, I].
     Rows may be strided, the last dimension is contiguous. Rows of `out` that hold no pair keep what they held.
@@ -385,11 +385,11 @@ def gate_up_activation(
     block_n = block.block_n // 2
     grid = (num_row_blocks * cdiv(intermediate_size, block_n),)
     if grid[0] == 0:
-        return
+        return []
     row_scale, x_scale_strides = _row_scale_arguments(x_scale)
     weight_scale, w13_scale_strides = _weight_scale_arguments(w13_scale, halves=2)
     out_scale_kind, out_scale_strides = _row_scale_arguments(out_scale)
-    _launch_gate_up_activation(
+    launch = _launch_gate_up_activation.launch(
         grid,
         (
             x, w13, bias, out, x_scale, w13_scale, out_scale, sorted_pairs, per_expert,
@@ -406,9 +406,10 @@ def gate_up_activation(
         num_warps=block.num_warps,
         num_stages=block.num_stages,
     )  # fmt: skip
+    return [launch]
 
 
-def down(
+def down_launches(
     x: torch.Tensor,
     w2: torch.Tensor,
     bias: torch.Tensor | None,
@@ -418,8 +419,8 @@ def down(
     *,
     x_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
-) -> None:
-    """The second GEMM of the experts with bias.
+) -> list[Launch]:
+    """The launches of the experts' second GEMM with bias.
 
     x: [slots, I], or [E, M, I] with BatchedRows. w2: [E, H, I]. bias: [E, H] or None. out: [slots, H], or [E, M, H].
     Rows may be strided, the last dimension is contiguous. Rows of `out` that hold no pair keep what they held.
@@ -429,10 +430,10 @@ def down(
     num_row_blocks, num_rows, _, sorted_pairs, per_expert = _row_arguments(rows, num_experts, block)
     grid = (num_row_blocks * cdiv(hidden_size, block.block_n),)
     if grid[0] == 0:
-        return
+        return []
     row_scale, x_scale_strides = _row_scale_arguments(x_scale)
     weight_scale, w2_scale_strides = _weight_scale_arguments(w2_scale, halves=1)
-    _launch_down(
+    launch = _launch_down.launch(
         grid,
         (
             x, w2, bias, out, x_scale, w2_scale, sorted_pairs, per_expert,
@@ -447,6 +448,11 @@ def down(
         num_warps=block.num_warps,
         num_stages=block.num_stages,
     )  # fmt: skip
+    return [launch]
+
+
+gate_up_activation = running(gate_up_activation_launches)
+down = running(down_launches)
 
 
 def _row_arguments(

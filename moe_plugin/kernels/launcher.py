@@ -14,16 +14,21 @@ do_not_specialize:
 TMA descriptors that the host makes are encoded for the hardware at each ordinary launch; `tensor_descriptor` gives
 arguments that are encoded once for the same memory, shape, strides and block.
 
+`LaunchSequence` repeats several launches of which only some tensors change: nothing is left to do for a launch then
+but to replace their addresses and call the C function.
+
 All this stands on Triton's internals (read in 3.6.0 and 3.7.1). Where they look different, in its interpreter, and
 while launch hooks (profilers) are set, the ordinary launch is used. This module works without Triton.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import torch
 
@@ -40,7 +45,9 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-Launch: TypeAlias = Callable[[int, int, int, int, list[Any]], None]
+P = ParamSpec("P")
+
+DirectLaunch: TypeAlias = Callable[[int, int, int, int, list[Any]], None]
 """Grid sizes x, y and z, the stream's handle, the values of the kernel's run-time parameters."""
 
 _INT32_MIN, _INT32_MAX = -(1 << 31), (1 << 31) - 1
@@ -89,6 +96,12 @@ class Descriptor:
         if found is None:
             found = self._encoded[how] = encode(self.descriptor)
         return found
+
+    def at(self, address: int) -> Descriptor:
+        """The same of memory that begins at `address`."""
+        moved = copy.copy(self.descriptor)
+        moved.base = _Memory(address, moved.base.dtype)
+        return Descriptor(moved)
 
 
 def tensor_descriptor(
@@ -166,7 +179,12 @@ class Launcher:
             logger.debug("%s: constexpr parameters are mixed with others, so launches are ordinary", kernel.fn.__name__)
             self._is_compiled = False
         self._specialized = [not p.do_not_specialize for p in parameters[: len(self._names)]] if parameters else []
-        self._launches: dict[tuple[Any, ...], Launch | None] = {}
+        self._launches: dict[tuple[Any, ...], DirectLaunch | None] = {}
+
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernel, which reads tensors rather than addresses."""
+        return triton is not None and type(self.kernel).__name__ == "InterpretedFunction"
 
     def __call__(
         self,
@@ -187,36 +205,60 @@ class Launcher:
         constexprs: values in order or by name, hashable. One parameter keeps to one type (1, 1.0 and True are equal).
         The rest: as Triton's launch options of these names; None leaves Triton's default.
         """
-        options = (num_warps, num_stages, launch_pdl, maxnreg)
-        if not self._is_compiled or _hooks_are_set() or self.kernel.pre_run_hooks:
+        self._launch(grid, args, constexprs, (num_warps, num_stages, launch_pdl, maxnreg))
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        args: Sequence[Any],
+        constexprs: tuple[Any, ...] | Mapping[str, Any] = (),
+        *,
+        num_warps: int = 4,
+        num_stages: int | None = None,
+        launch_pdl: bool = False,
+        maxnreg: int | None = None,
+    ) -> Launch:
+        """What `__call__` does, described but not done."""
+        return Launch(self, grid, args, constexprs, (num_warps, num_stages, launch_pdl, maxnreg))
+
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        args: Sequence[Any],
+        constexprs: tuple[Any, ...] | Mapping[str, Any],
+        options: Options,
+    ) -> DirectLaunch | None:
+        """Launch; returns what did it, None for Triton itself."""
+        if not self._is_compiled or hooks_are_set() or self.kernel.pre_run_hooks:
             self._launch_ordinarily(grid, args, constexprs, options)
-            return
+            return None
         values: list[Any] = []
-        key: list[Any] = [_current_device(), constexprs if type(constexprs) is tuple else (*constexprs.items(),)]  # type: ignore[union-attr]
+        key: list[Any] = [current_device(), constexprs if type(constexprs) is tuple else (*constexprs.items(),)]  # type: ignore[union-attr]
         key += options
         if type(grid) is not tuple or not self._bind(args, key, values):
             self._launch_ordinarily(grid, args, constexprs, options)
-            return
+            return None
         found = tuple(key)
         try:
             launch = self._launches[found]
         except KeyError:
             compiled = self._launch_ordinarily(grid, args, constexprs, options)
             self._launches[found] = _direct_launch(compiled, self._names, len(self._constexpr_names))
-            return
+            return None
         except TypeError:  # a constexpr without a hash
             launch = None
         if launch is None:
             self._launch_ordinarily(grid, args, constexprs, options)
-            return
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+            return None
+        x, y, z = _three(grid)
         try:
-            launch(x, y, z, _current_stream(key[0]), values)
+            launch(x, y, z, current_stream(key[0]), values)
         except (TypeError, ValueError, OverflowError, SystemError) as problem:
             # Raised while arguments are read, so nothing has been launched.
             logger.debug("%s: direct launch failed (%s), launching ordinarily", self.kernel.fn.__name__, problem)
-            self._launches[found] = None
+            launch = self._launches[found] = None
             self._launch_ordinarily(grid, args, constexprs, options)
+        return launch
 
     def _bind(self, args: Sequence[Any], key: list[Any], values: list[Any]) -> bool:
         """Append one item per argument to `key` and `values`; False for arguments of other types or number."""
@@ -265,7 +307,7 @@ class Launcher:
         grid: tuple[int, ...],
         args: Sequence[Any],
         constexprs: tuple[Any, ...] | Mapping[str, Any],
-        options: tuple[int, int | None, bool, int | None],
+        options: Options,
     ) -> Any:
         """Triton's own launch; returns what it returns, the compiled kernel."""
         named = dict(zip(self._names, map(_as_triton_takes_it, args), strict=True))
@@ -283,6 +325,71 @@ class Launcher:
         return self.kernel[grid](**named)
 
 
+Options: TypeAlias = tuple[int, int | None, bool, int | None]
+"""num_warps, num_stages, launch_pdl, maxnreg."""
+
+
+@dataclass(slots=True)
+class Launch:
+    """One launch of a kernel, described but not made yet; fields as `Launcher.__call__` takes them."""
+
+    launcher: Launcher
+    grid: tuple[int, ...]
+    args: Sequence[Any]
+    constexprs: tuple[Any, ...] | Mapping[str, Any]
+    options: Options
+
+    def run(self) -> DirectLaunch | None:
+        """Make it; returns what did it, None for Triton itself."""
+        return self.launcher._launch(self.grid, self.args, self.constexprs, self.options)
+
+
+def running(describe: Callable[P, Sequence[Launch]]) -> Callable[P, None]:
+    """The function that makes the launches which `describe` describes."""
+
+    @functools.wraps(describe)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        for launch in describe(*args, **kwargs):
+            launch.run()
+
+    return run
+
+
+class Encodings(dict[int, Any]):
+    """The hardware's form of one descriptor, by the address where its memory begins."""
+
+    def __init__(self, descriptor: Descriptor, how: Any, encode: Callable[[Any], list[Any]]) -> None:
+        super().__init__()
+        self._arguments = descriptor, how, encode
+
+    def __missing__(self, address: int) -> Any:
+        descriptor, how, encode = self._arguments
+        # The sizes that follow it are the same everywhere.
+        encoded = self[address] = descriptor.at(address).encoded(how, encode)[0]
+        return encoded
+
+
+class BoundCall(NamedTuple):
+    """A C launch function and its arguments, with the places where something may be replaced.
+
+    args: the stream's handle is at STREAM.
+    values: the kernel's run-time parameters: a list among `args`, or `args` itself.
+    places: of each argument of the launch, where in `values` its address goes, or what its descriptor encodes.
+    """
+
+    function: Callable[..., None]
+    args: list[Any]
+    values: list[Any]
+    places: list[tuple[int, Encodings | None]]
+
+
+STREAM = 3
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+
+
 def _as_triton_takes_it(arg: Any) -> Any:
     if type(arg) is Pointer:
         return arg.tensor
@@ -292,14 +399,14 @@ def _as_triton_takes_it(arg: Any) -> Any:
 def _is_familiar(kernel: Any) -> bool:
     """Whether what each launch looks at is there."""
     try:
-        _hooks_are_set()
+        hooks_are_set()
         return isinstance(kernel.pre_run_hooks, list)
     except AttributeError as problem:
         logger.debug("unfamiliar internals of Triton (%s), launching ordinarily", problem)
         return False
 
 
-def _hooks_are_set() -> bool:
+def hooks_are_set() -> bool:
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # A chain of hooks may be empty; anything else that is not None is a hook.
@@ -308,7 +415,7 @@ def _hooks_are_set() -> bool:
     )
 
 
-def _direct_launch(compiled: Any, names: list[str], num_constexprs: int) -> Launch | None:
+def _direct_launch(compiled: Any, names: list[str], num_constexprs: int) -> DirectLaunch | None:
     """A function that launches `compiled` without Triton's Python, as far as its internals are familiar."""
     try:
         signature = list(compiled.src.signature.items())
@@ -323,14 +430,14 @@ def _direct_launch(compiled: Any, names: list[str], num_constexprs: int) -> Laun
         launch = _c_launch(run, function, packed, constexprs, is_descriptor)
         if launch is None:
             logger.debug("%s: launching through the compiled kernel's own Python", compiled.name)
-            launch = _python_launch(run, function, packed, constexprs)
+            return _python_launch(run, function, packed, constexprs)
         return launch
     except (AttributeError, TypeError, ImportError, ValueError) as problem:
         logger.debug("unfamiliar internals of Triton (%s), launching ordinarily", problem)
         return None
 
 
-def _python_launch(run: Any, function: int, packed: Any, constexprs: tuple[None, ...]) -> Launch:
+def _python_launch(run: Any, function: int, packed: Any, constexprs: tuple[None, ...]) -> DirectLaunch:
     def launch(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
         values = [_as_triton_takes_it(value) for value in values]
         run(x, y, z, stream, function, packed, None, None, None, *values, *constexprs)
@@ -338,9 +445,70 @@ def _python_launch(run: Any, function: int, packed: Any, constexprs: tuple[None,
     return launch
 
 
+class CLaunch:
+    """Calls the C function that launches one compiled kernel: (x, y, z, stream, *head) and then the values.
+
+    head: from the function's handle to what precedes the values.
+    in_list: whether the values are one list (Triton 3.7) or arguments (3.6).
+    num_values: how many values a list must have, since the C function does not count them.
+    """
+
+    __slots__ = ("_constexprs", "_encoders", "_function", "_head", "_in_list", "_num_values")
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        head: tuple[Any, ...],
+        encoders: list[_Encoder],
+        constexprs: tuple[None, ...],
+        in_list: bool,
+        num_values: int | None,
+    ) -> None:
+        self._function, self._head, self._encoders, self._constexprs = function, head, encoders, constexprs
+        self._in_list, self._num_values = in_list, num_values
+
+    def __call__(self, x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
+        for place, how, encode in self._encoders:
+            values[place : place + 1] = values[place].encoded(how, encode)
+        if self._in_list:
+            values.extend(self._constexprs)
+            self._check(values)
+            self._function(x, y, z, stream, *self._head, values)
+        else:
+            self._function(x, y, z, stream, *self._head, *values, *self._constexprs)
+
+    def bound(self, launch: Launch) -> BoundCall:
+        """The same call, kept for a LaunchSequence."""
+        values: list[Any] = []
+        launch.launcher._bind(launch.args, [], values)
+        encoders = {place: (how, encode) for place, how, encode in self._encoders}
+        flat: list[Any] = []
+        places: list[tuple[int, Encodings | None]] = []
+        for place, value in enumerate(values):
+            how_encode = encoders.get(place)
+            if how_encode is None:
+                places.append((len(flat), None))
+                flat.append(value)
+            else:
+                places.append((len(flat), Encodings(value, *how_encode)))
+                flat += value.encoded(*how_encode)
+        flat += self._constexprs
+        args = [*_three(launch.grid), 0, *self._head]
+        if self._in_list:
+            self._check(flat)
+            return BoundCall(self._function, [*args, flat], flat, places)
+        places = [(len(args) + place, encodings) for place, encodings in places]
+        args += flat
+        return BoundCall(self._function, args, args, places)
+
+    def _check(self, values: list[Any]) -> None:
+        if len(values) != self._num_values:
+            raise TypeError(f"{len(values)} values for {self._num_values} parameters")
+
+
 def _c_launch(
     run: Any, function: int, packed: Any, constexprs: tuple[None, ...], is_descriptor: list[bool]
-) -> Launch | None:
+) -> CLaunch | None:
     """Calls the C function under `run`, triton's CudaLauncher; None when this kernel or version needs its Python."""
     from triton.backends.nvidia import driver
 
@@ -348,66 +516,42 @@ def _c_launch(
         return None
     if run.global_scratch_size or run.profile_scratch_size:
         return None  # memory that Triton allocates at each launch
-    c_function, encoders = run.launch, None
+    c_function = run.launch
+    encoders: list[_Encoder] = []
     if any(is_descriptor):
         inside = dict(zip(c_function.__code__.co_freevars, c_function.__closure__, strict=True))
         c_function = inside["launcher"].cell_contents
         encoders = _encoders(driver, is_descriptor, inside["tensordesc_meta"].cell_contents)
-    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+    flags = (function, run.launch_cooperative_grid, run.launch_pdl)
     if hasattr(run, "arg_annotations"):  # 3.7
-        annotations, kinds = run.arg_annotations, run.kernel_signature
-        num_values = len(annotations)
-
-        def launch(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
-            if encoders is not None:
-                _encode(values, encoders)
-            values.extend(constexprs)
-            if len(values) != num_values:  # the C function does not compare them
-                raise TypeError(f"{len(values)} values for {num_values} parameters")
-            c_function(
-                x, y, z, stream, function, cooperative, pdl,
-                packed, None, None, None, None, None, annotations, kinds, values,
-            )  # fmt: skip
-
-    elif getattr(driver, "_BASE_ARGS_FORMAT", None) == "iiiKKppOOOOOO":  # 3.6
-
-        def launch(x: int, y: int, z: int, stream: int, values: list[Any]) -> None:
-            if encoders is not None:
-                _encode(values, encoders)
-            c_function(
-                x, y, z, stream, function, cooperative, pdl,
-                None, None, packed, None, None, None, *values, *constexprs,
-            )  # fmt: skip
-
-    else:
-        return None
-    return launch
+        annotations = run.arg_annotations
+        nothing = (None,) * 5
+        head: tuple[Any, ...] = (*flags, packed, *nothing, annotations, run.kernel_signature)
+        return CLaunch(c_function, head, encoders, constexprs, True, len(annotations))
+    if getattr(driver, "_BASE_ARGS_FORMAT", None) == "iiiKKppOOOOOO":  # 3.6
+        head = (*flags, None, None, packed, None, None, None)
+        return CLaunch(c_function, head, encoders, constexprs, False, None)
+    return None
 
 
 _Encoder: TypeAlias = tuple[int, Any, Callable[[Any], list[Any]]]
 
 
 def _encoders(driver: Any, is_descriptor: list[bool], ways: Sequence[Any]) -> list[_Encoder]:
-    """(position, name of the way, encode) of each descriptor parameter, the last first."""
-    positions = [position for position, found in enumerate(is_descriptor) if found]
+    """(place, name of the way, encode) of each descriptor parameter, the last first."""
+    places = [place for place, found in enumerate(is_descriptor) if found]
     encoders: list[_Encoder] = [
-        (position, repr(way), functools.partial(driver.make_tensordesc_arg, metadata=way))
-        for position, way in zip(positions, ways, strict=True)
+        (place, repr(way), functools.partial(driver.make_tensordesc_arg, metadata=way))
+        for place, way in zip(places, ways, strict=True)
     ]
     return encoders[::-1]
 
 
-def _encode(values: list[Any], encoders: list[_Encoder]) -> None:
-    """Replace each Descriptor among `values` by what the C function takes in its place."""
-    for position, how, encode in encoders:
-        values[position : position + 1] = values[position].encoded(how, encode)
-
-
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def _stream_handle(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_handle)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_handle)

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from moe_plugin.config import PlacementTables
-from moe_plugin.kernels.launcher import Launcher, Pointer
+from moe_plugin.kernels.dependent_launch import dependent_launch
+from moe_plugin.kernels.launcher import Launch, Launcher, Pointer
 
 try:
     import triton
     import triton.language as tl
+
+    from moe_plugin.kernels.dependent_launch import wait_for_the_kernel_before
 except ImportError:
     triton = None
 
@@ -35,7 +38,9 @@ if triton is not None:
         rank_ptr, slot_ptr, weights_ptr, flags_ptr,
         num_pairs, first_token, flag, stride_ids_t, stride_ids_k, stride_weights_t, stride_weights_k,
         NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, MAX_REPLICAS: tl.constexpr, BLOCK: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
+        wait_for_the_kernel_before(PDL)
         pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         in_range = pair < num_pairs
         token = (pair // TOP_K).to(tl.int64)
@@ -114,8 +119,7 @@ def placement_lookup(
     topk_weights float [T, K], any strides, to `weights` fp32 [T, K] contiguous; both or none.
     use_triton: None takes Triton for CUDA tensors where it is installed; True also under its interpreter.
     """
-    num_tokens, top_k = topk_ids.shape
-    if num_tokens == 0:
+    if topk_ids.shape[0] == 0:
         return
     if use_triton is None:
         use_triton = topk_ids.is_cuda and triton is not None
@@ -124,10 +128,39 @@ def placement_lookup(
         if weights is not None and topk_weights is not None:
             weights.copy_(topk_weights)
         return
+    launch = placement_lookup_launch(
+        topk_ids,
+        lookup_tables,
+        slot,
+        flags,
+        flag,
+        rank=rank,
+        first_token=first_token,
+        topk_weights=topk_weights,
+        weights=weights,
+    )
+    launch.run()
+
+
+def placement_lookup_launch(
+    topk_ids: torch.Tensor,
+    lookup_tables: LookupTables,
+    slot: torch.Tensor,
+    flags: torch.Tensor,
+    flag: int,
+    *,
+    rank: torch.Tensor | None = None,
+    first_token: int = 0,
+    topk_weights: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> Launch:
+    """What `placement_lookup` launches with Triton for at least one token."""
+    num_tokens, top_k = topk_ids.shape
     num_experts, max_replicas = lookup_tables.tables.slot.shape
     num_pairs = num_tokens * top_k
     stride_weights_t, stride_weights_k = (0, 0) if topk_weights is None else topk_weights.stride()
-    _launch(
+    pdl = dependent_launch()
+    return _launch.launch(
         (-(-num_pairs // _BLOCK),),
         (
             topk_ids, topk_weights, None if rank is None else lookup_tables.rank,
@@ -136,8 +169,9 @@ def placement_lookup(
             rank, slot, weights, flags,
             num_pairs, first_token, flag, *topk_ids.stride(), stride_weights_t, stride_weights_k,
         ),
-        (num_experts, top_k, max_replicas, _BLOCK),
+        (num_experts, top_k, max_replicas, _BLOCK, pdl),
         num_warps=4,
+        launch_pdl=pdl,
     )  # fmt: skip
 
 

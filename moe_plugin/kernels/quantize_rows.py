@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 
 from moe_plugin.errors import ShapeError
+from moe_plugin.kernels.dependent_launch import dependent_launch, wait_for_the_kernel_before
 from moe_plugin.kernels.interpreter import round_to
-from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.tiling import cdiv, next_power_of_2
 from moe_plugin.quantization import FP8_DTYPE, FP8_MAX, GROUP_SIZE, LEAST_AMAX
 
@@ -55,9 +56,10 @@ def _quantize_rows_kernel(
     rows_per_expert, hidden_size,
     stride_x_expert, stride_x_row, stride_out_expert, stride_out_row,
     stride_scales_expert, stride_scales_row, stride_scales_group,
-    TOP_K: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block of GROUPS groups of GROUP columns). Without static_scale_ptr and scales_ptr: a plain copy."""
+    wait_for_the_kernel_before(PDL)
     expert = (tl.program_id(0) // rows_per_expert).to(tl.int64)
     row = (tl.program_id(0) % rows_per_expert).to(tl.int64)
     if expert_num_tokens_ptr is not None:  # noqa: SIM102 - a constant, known when the kernel is compiled
@@ -96,15 +98,15 @@ def _quantize_rows_kernel(
 _launch_kernel = Launcher(_quantize_rows_kernel)
 
 
-def quantize_rows(
+def quantize_rows_launches(
     x: torch.Tensor,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
     *,
     static_scale: torch.Tensor | None = None,
     expert_num_tokens: torch.Tensor | None = None,
-) -> None:
-    """Quantize each row of `x` to the same row of `out`.
+) -> list[Launch]:
+    """The launches that quantize each row of `x` to the same row of `out`.
 
     x: float [N, H] or [E, M, H]. out: fp8 of the same shape. Both may be strided, contiguous in H.
     scales: fp32 [..., ceil(H / 128)] or [..., 1] in any strides, receives one scale per group or per row; or
@@ -115,18 +117,18 @@ def quantize_rows(
     if (scales is None) == (static_scale is None):
         raise ShapeError("rows are quantized with either scales to fill or a static_scale, got both or neither")
     num_groups = None if scales is None else scales.shape[-1]
-    _launch(x, out, _by_expert(scales), num_groups, static_scale, expert_num_tokens, None)
+    return _launches(x, out, _by_expert(scales), num_groups, static_scale, expert_num_tokens, None)
 
 
-def permute_rows(
+def permute_rows_launches(
     x: torch.Tensor,
     slot_of_pair: torch.Tensor,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
     *,
     static_scale: torch.Tensor | None = None,
-) -> None:
-    """Write row n of `x` to the rows slot_of_pair[n, k] of `out`, for every k where that is not -1.
+) -> list[Launch]:
+    """The launches that write row n of `x` to the rows slot_of_pair[n, k] of `out`, for every k where that is not -1.
 
     x: float [N, H], may be strided, contiguous in H. slot_of_pair: int32 [N, K], as `counting_sort` writes it.
     out: [slots, H] of x's dtype for a copy, or fp8 together with one of
@@ -137,14 +139,19 @@ def permute_rows(
     if (out.dtype is FP8_DTYPE) != ((scales is None) != (static_scale is None)):
         raise ShapeError("permuting to fp8 takes either scales to fill or a static_scale, a plain copy takes neither")
     num_groups = None if scales is None else scales.shape[0]
-    _launch(x, out, None if scales is None else scales.T[None], num_groups, static_scale, None, slot_of_pair)
+    scales = None if scales is None else scales.T[None]
+    return _launches(x, out, scales, num_groups, static_scale, None, slot_of_pair)
+
+
+quantize_rows = running(quantize_rows_launches)
+permute_rows = running(permute_rows_launches)
 
 
 def _by_expert(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.dim() == 3 else tensor[None]
 
 
-def _launch(
+def _launches(
     x: torch.Tensor,
     out: torch.Tensor,
     scales: torch.Tensor | None,
@@ -152,7 +159,7 @@ def _launch(
     static_scale: torch.Tensor | None,
     expert_num_tokens: torch.Tensor | None,
     slot_of_pair: torch.Tensor | None,
-) -> None:
+) -> list[Launch]:
     hidden_size = x.shape[-1]
     if num_groups not in (None, 1, cdiv(hidden_size, GROUP_SIZE)):
         raise ShapeError(
@@ -161,7 +168,7 @@ def _launch(
         )
     num_rows = x.numel() // max(hidden_size, 1)
     if num_rows == 0 or (slot_of_pair is not None and slot_of_pair.numel() == 0):
-        return
+        return []
     if num_groups == 1:
         groups, group = 1, next_power_of_2(hidden_size)
         num_warps = min(max(group // (2 * _COLUMNS_PER_WARP), 1), _MAX_ROW_WARPS)
@@ -169,12 +176,15 @@ def _launch(
         num_warps = 2 if num_rows * cdiv(hidden_size, 2 * _COLUMNS_PER_WARP) >= _ENOUGH_PROGRAMS else 1
         groups, group = num_warps * _COLUMNS_PER_WARP // GROUP_SIZE, GROUP_SIZE
     x_strides, out_strides = ((t.stride(0), t.stride(1)) if t.dim() == 3 else (0, t.stride(0)) for t in (x, out))
-    _launch_kernel(
+    pdl = dependent_launch()
+    launch = _launch_kernel.launch(
         (num_rows, cdiv(hidden_size, groups * group)),
         (
             x, out, scales, static_scale, expert_num_tokens, slot_of_pair, x.shape[-2], hidden_size,
             *x_strides, *out_strides, *((0, 0, 0) if scales is None else scales.stride()),
         ),
-        (1 if slot_of_pair is None else slot_of_pair.shape[1], groups, group),
+        (1 if slot_of_pair is None else slot_of_pair.shape[1], groups, group, pdl),
         num_warps=num_warps,
+        launch_pdl=pdl,
     )  # fmt: skip
+    return [launch]

@@ -15,13 +15,15 @@ from typing import no_type_check
 
 import torch
 
-from moe_plugin.kernels.launcher import Launcher
+from moe_plugin.kernels.dependent_launch import dependent_launch
+from moe_plugin.kernels.launcher import Launch, Launcher
 from moe_plugin.kernels.tiling import cdiv
 
 try:
     import triton
     import triton.language as tl
 
+    from moe_plugin.kernels.dependent_launch import wait_for_the_kernel_before
     from moe_plugin.kernels.interpreter import round_to
 except ImportError:
     triton = None
@@ -39,8 +41,9 @@ if triton is not None:
     def _row_sum_kernel(
         rows_ptr, index_ptr, weights_ptr, out_ptr, hidden_size,
         stride_row, stride_index_t, stride_index_j, stride_weights_t, stride_weights_j, stride_out,
-        TERMS: tl.constexpr, BLOCK_H: tl.constexpr,
+        TERMS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        wait_for_the_kernel_before(PDL)
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         in_row = columns < hidden_size
@@ -85,23 +88,34 @@ def row_sum(
         use_triton = rows.is_cuda and triton is not None
     if not use_triton:
         return _torch_sum(rows, index, weights, out)
+    for launch in row_sum_launches(rows, index, weights, out):
+        launch.run()
+    return out
+
+
+def row_sum_launches(
+    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+) -> list[Launch]:
+    """What `row_sum` launches with Triton."""
     if out.numel() == 0:
-        return out
+        return []
     num_tokens, terms = index.shape
     hidden_size = out.shape[1]
     num_warps = _num_warps(num_tokens, hidden_size)
     block_h = _COLUMNS_PER_WARP * num_warps
     stride_weights_t, stride_weights_j = (0, 0) if weights is None else weights.stride()
-    _launch(
+    pdl = dependent_launch()
+    launch = _launch.launch(
         (num_tokens, cdiv(hidden_size, block_h)),
         (
             rows, index, weights, out, hidden_size,
             rows.stride(0), *index.stride(), stride_weights_t, stride_weights_j, out.stride(0),
         ),
-        (terms, block_h),
+        (terms, block_h, pdl),
         num_warps=num_warps,
+        launch_pdl=pdl,
     )  # fmt: skip
-    return out
+    return [launch]
 
 
 def _num_warps(num_tokens: int, hidden_size: int) -> int:

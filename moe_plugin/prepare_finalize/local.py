@@ -83,7 +83,11 @@ class Local(PrepareAndFinalize):
         assert isinstance(handle, LocalHandle)
         if out is None or not out.is_contiguous() or _share_memory(out, handle.inputs):
             # Not the workspace, which the next call reuses, nor what the experts are still reading.
-            out = torch.empty_like(handle.inputs, memory_format=torch.contiguous_format)
+            inputs = handle.inputs
+            if inputs.is_contiguous():
+                out = torch.empty_like(inputs)
+            else:
+                out = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         handle.result = out
         return out
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from moe_plugin.config import MoEConfig
-from moe_plugin.kernels.placement_lookup import LookupTables, placement_lookup, uses_triton
+from moe_plugin.kernels.launch_sequence import LaunchSequence
+from moe_plugin.kernels.launcher import Launch
+from moe_plugin.kernels.placement_lookup import (
+    LookupTables,
+    placement_lookup,
+    placement_lookup_launch,
+    uses_triton,
+)
 from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
 from moe_plugin.workspace import Workspace
 
@@ -31,6 +38,8 @@ class PlacementLookup:
     def __init__(self, config: MoEConfig, device: torch.device, use_triton: bool | None = None) -> None:
         self._tables = LookupTables.of(config.expert_placement.tables(device))
         self._use_triton = uses_triton(device) if use_triton is None else use_triton
+        # What a launch depends on besides its arguments.
+        self._kind = (*self._tables.tables.slot.shape, self._tables.is_identity)
 
     def __call__(self, topk_ids: torch.Tensor, first_token: int = 0) -> Destinations:
         """topk_ids int [T, K] of tokens first_token, first_token + 1, ..."""
@@ -61,23 +70,42 @@ class PlacementLookup:
         if topk_weights is not None and topk_weights.dtype is not torch.float32:
             weights = workspace.tensor("topk_weights", shape, torch.float32)
         given = None if weights is None else topk_weights
-        word = errors.kernel_word() if self._use_triton else None
-        flags = torch.zeros(1, dtype=torch.int32, device=topk_ids.device) if word is None else word
-        placement_lookup(
-            topk_ids,
-            self._tables,
-            slot,
-            flags,
-            _EXPERT_ID,
-            topk_weights=given,
-            weights=weights,
-            use_triton=self._use_triton,
-        )
-        if word is None:
-            errors.record(flags)
+        if self._use_triton:
+            self._launch_local(topk_ids, given, slot, weights, workspace, errors)
         else:
-            errors.launched()
+            flags = torch.zeros(1, dtype=torch.int32, device=topk_ids.device)
+            placement_lookup(
+                topk_ids, self._tables, slot, flags, _EXPERT_ID, topk_weights=given, weights=weights, use_triton=False
+            )
+            errors.record(flags)
         return slot, topk_weights if weights is None else weights
+
+    def _launch_local(
+        self,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        slot: torch.Tensor,
+        weights: torch.Tensor | None,
+        workspace: Workspace,
+        errors: DeferredErrors,
+    ) -> None:
+        if topk_ids.shape[0] > 0:
+            word, tables = errors.kernel_word(), self._tables.tables
+
+            def launches() -> list[Launch]:
+                launch = placement_lookup_launch(
+                    topk_ids, self._tables, slot, word, _EXPERT_ID, topk_weights=topk_weights, weights=weights
+                )
+                return [launch]
+
+            moving = [topk_ids, word, tables.slot, tables.num_replicas]
+            layout = None
+            if topk_weights is not None:
+                moving.append(topk_weights)
+                layout = topk_weights.dtype, topk_weights.stride()
+            key = ("placement_lookup", self._kind, topk_ids.dtype, topk_ids.shape, topk_ids.stride(), layout)
+            workspace.cached(key, LaunchSequence)(moving, launches)
+        errors.launched()
 
 
 _EXPERT_ID = int(ErrorFlag.EXPERT_ID)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moe_plugin.config import MoEConfig
 from moe_plugin.verdict import Gate, Verdict, dtype_name
+
+_DETAIL_WIDTH = 80
+"""Characters of one detail in the one-line report; the table has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Entry:
     auto_gate: the condition that only `auto` makes.
     memory: bytes of workspace per buffer at max_tokens_per_rank. extra_weight_bytes: a second copy of the weights.
     host_syncs: how often an eager call makes the host wait for a CUDA device.
+    details: what its classes do inside on that machine, by "class.topic"; empty for a refused strategy.
     """
 
     strategy: str
@@ -32,6 +37,7 @@ class Entry:
     memory: Mapping[str, int]
     extra_weight_bytes: int
     host_syncs: int
+    details: Mapping[str, str]
 
     @property
     def runs(self) -> bool:
@@ -83,6 +89,7 @@ class Entry:
             "workspace_bytes": dict(self.memory),
             "extra_weight_bytes": self.extra_weight_bytes,
             "host_syncs": self.host_syncs,
+            "details": dict(self.details),
         }
 
 
@@ -122,7 +129,11 @@ class SelectionReport:
             return f"{prefix}none: no strategy that may be chosen passes its gates"
         why = entry.reason if entry.runs else f"refused: {entry.verdict.reason}"
         memory = f", workspace {entry.workspace_bytes / 2**20:.1f} MiB" if entry.memory else ""
-        return f"{prefix}{entry.strategy} ({why}{memory})"
+        details = "".join(
+            f", {topic.partition('.')[2]} {textwrap.shorten(words, _DETAIL_WIDTH, placeholder=' ...')}"
+            for topic, words in entry.details.items()
+        )
+        return f"{prefix}{entry.strategy} ({why}{memory}{details})"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -175,8 +186,9 @@ class SelectionReport:
 def _gates_text(entry: Entry) -> str:
     gates = [*entry.verdict.gates, *([entry.auto_gate] if entry.auto_gate else [])]
     lines = [f"{'pass' if gate.ok else 'FAIL'} {gate}" for gate in gates]
+    details = [f"{topic}: {words}" for topic, words in entry.details.items()]
     notes = [note for note in (entry.opt_in,) if note]
-    return "\n".join(lines + notes)
+    return "\n".join(lines + details + notes)
 
 
 def describe_layer(config: MoEConfig) -> str:

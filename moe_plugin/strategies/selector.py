@@ -90,17 +90,18 @@ def survey(config: MoEConfig, environment: Environment) -> tuple[Entry, ...]:
 def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment: Environment) -> Entry:
     extra = 0
     monolithic = monolithic_classes.all().get(name)
+    parts: tuple[type[StrategyPart], ...]
     if monolithic is not None:
+        parts = (monolithic,)
         verdict, memory = _verdict_of(monolithic, config, environment), monolithic.memory(config)
         host_syncs = monolithic.host_syncs(config, environment)
     else:
         prepare_finalize, experts = pair_classes(name)
+        parts = (prepare_finalize, experts)
         verdict = pair_verdict(config, prepare_finalize, experts)
-        for part in (prepare_finalize, experts):
+        for part in parts:
             verdict += _verdict_of(part, config, environment)
-        memory = {
-            f"{part.name}: {k}": size for part in (prepare_finalize, experts) for k, size in part.memory(config).items()
-        }
+        memory = {f"{part.name}: {k}": size for part in parts for k, size in part.memory(config).items()}
         extra = experts.extra_weight_bytes(config)
         host_syncs = prepare_finalize.host_syncs(config, environment) + experts.host_syncs(config, environment)
     return Entry(
@@ -113,6 +114,7 @@ def _entry(name: str, row: RankedStrategy | None, config: MoEConfig, environment
         memory=memory,
         extra_weight_bytes=extra,
         host_syncs=host_syncs,
+        details=_details_of(parts, config, environment) if verdict.ok else {},
     )
 
 
@@ -123,6 +125,17 @@ def _verdict_of(part: type[StrategyPart], config: MoEConfig, environment: Enviro
         return Verdict.of(Gate("supports", False, repr(problem), "an answer instead of an exception")).asked_by(
             part.name
         )
+
+
+def _details_of(parts: tuple[type[StrategyPart], ...], config: MoEConfig, environment: Environment) -> dict[str, str]:
+    details: dict[str, str] = {}
+    for part in parts:
+        try:
+            found = part.details(config, environment)
+        except Exception as problem:  # what only informs must not keep a layer from being built
+            found = {"details": repr(problem)}
+        details |= {f"{part.name}.{topic}": words for topic, words in found.items()}
+    return details
 
 
 def pair_classes(name: str) -> tuple[type[PrepareAndFinalize], type[Experts]]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import moe_plugin
 from moe_plugin.cli import app
 
-COMMANDS = ["bench", "doctor", "explain", "generate", "serve"]
+COMMANDS = ["bench", "doctor", "explain", "generate", "serve", "tune"]
 
 
 def test_commands() -> None:

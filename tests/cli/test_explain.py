@@ -77,6 +77,19 @@ def test_every_machine(sm: str, graph: tuple[str, ...]) -> None:
     assert f"cuda_graph={bool(graph)}" in report["layer"]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("sm", ["89", "90", "100"])
+def test_which_kernels_run_and_why(sm: str, dtype: str) -> None:
+    entry = asked("--sm", sm, "--dtype", dtype)["strategies"]["decode"][0]
+    words = entry["details"]["triton_fused_moe.kernels"]
+    if sm == "90":
+        assert words.startswith("hopper: ")
+    else:
+        assert words.startswith("portable: sm: needs SM 90")
+        assert words.endswith(f"saw SM {sm}")
+    assert f"kernels {words})" in run("--sm", sm, "--dtype", dtype).stdout.splitlines()[0]
+
+
 @pytest.mark.parametrize("world", ["1", "2", "3", "8"])
 def test_every_number_of_ranks(world: str) -> None:
     report = asked("--world", world, "--sm", "90")

@@ -11,13 +11,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, ParallelConfig, QuantConfig
+from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, MoEConfig, ParallelConfig, QuantConfig
 from moe_plugin.environment import Environment, Package
-from moe_plugin.experts.triton_fused_moe import TritonFusedMoE, standard_buffers
+from moe_plugin.experts.triton_fused_moe import (
+    Buffers,
+    TritonFusedMoE,
+    hopper_buffers,
+    hopper_tiles_of,
+    standard_buffers,
+)
 from moe_plugin.kernels.tiling import block_config, down_block_config, max_num_blocks, shared_memory_bytes
 from moe_plugin.modular_kernel import ActivationFormat
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, has_static_activations, input_group_size, quantize_rows
+from moe_plugin.workspace import WorkspaceArena
 from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -262,9 +269,18 @@ def test_declared_memory_covers_a_call(num_tokens: int, quantization: QuantConfi
     rows, ids = layer.rows(num_tokens), random_ids(num_tokens, 2, 5)
     layer.apply(rows, handle=handle, local_ids=ids, topk_weights=normal(num_tokens, 2, seed=7))
     declared = TritonFusedMoE.memory(layer.config)
-    for name, (shape, dtype) in standard_buffers(layer.config, num_tokens, 2).items():
-        assert torch.Size(shape).numel() * dtype.itemsize <= declared[name], name
+    for buffers in (standard_buffers(layer.config, num_tokens, 2), buffers_of_hopper_kernels(layer.config, num_tokens)):
+        for name, size in nbytes(buffers).items():
+            assert size <= declared[name], name
     assert handle.workspace.nbytes <= sum(declared.values()) + 16 * len(declared)
+
+
+def buffers_of_hopper_kernels(config: MoEConfig, num_rows: int) -> Buffers:
+    return hopper_buffers(config, num_rows, config.top_k, hopper_tiles_of(config, num_rows).block_x)
+
+
+def nbytes(buffers: Buffers) -> dict[str, int]:
+    return {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in buffers.items()}
 
 
 def test_memory_of_a_large_layer_is_exact_arithmetic() -> None:
@@ -279,16 +295,40 @@ def test_memory_of_a_large_layer_is_exact_arithmetic() -> None:
     pairs = 8 * 65536 * 8
     slots = 128 * max_num_blocks(pairs, 32, 128)
     memory = TritonFusedMoE.memory(config)
-    assert memory["slot_output"] == slots * 7168 * 2 > 2**31
+    assert memory["activations"] == memory["slot_output"] == slots * 7168 * 2 > 2**31
     assert memory["intermediate"] == slots * 2048 * 2 > 2**31
     assert memory["sorted_pairs"] == slots * 4
     assert memory["output"] == 8 * 65536 * 7168 * 2
+    # The portable kernels quantize rows where they lie, the others copy them to slots: the larger need is declared.
     quantized = TritonFusedMoE.memory(replace(config, quantization=Fp8Block()))
-    slots = 64 * max_num_blocks(pairs, 32, 64)
-    assert quantized["activations"] == 8 * 65536 * 7168
-    assert quantized["activation_scale"] == 8 * 65536 * 56 * 4
+    assert quantized["activations"] == slots * 7168
+    assert quantized["activation_scale"] == slots * 56 * 4
     assert quantized["intermediate"] == slots * 2048
     assert quantized["intermediate_scale"] == slots * 16 * 4
+    portable = nbytes(standard_buffers(replace(config, quantization=Fp8Block()), 8 * 65536, 8))
+    slots = 64 * max_num_blocks(pairs, 32, 64)
+    assert portable["activations"] == 8 * 65536 * 7168
+    assert portable["activation_scale"] == 8 * 65536 * 56 * 4
+    assert portable["intermediate"] == slots * 2048
+    assert portable["intermediate_scale"] == slots * 16 * 4
+
+
+@pytest.mark.parametrize("quantization", [None, *FP8_SCHEMES.values()], ids=["none", *FP8_SCHEMES])
+def test_declared_memory_covers_both_kinds_of_kernels(quantization: QuantConfig | None) -> None:
+    config = make_config(quantization=quantization, num_experts=16, top_k=4, max_tokens_per_rank=700)
+    declared = TritonFusedMoE.memory(config)
+    needed: dict[str, int] = {}
+    for num_rows in range(1, 701):
+        for buffers in (standard_buffers(config, num_rows, 4), buffers_of_hopper_kernels(config, num_rows)):
+            for name, size in nbytes(buffers).items():
+                needed[name] = max(needed.get(name, 0), size)
+    # A smaller call may take smaller blocks, and so more of them: four bytes each.
+    assert {name for name, size in needed.items() if size > declared[name]} <= {"block_expert"}
+    # The other way round only for what takes most of the memory: nothing of it is declared in vain.
+    for name in ("activations", "intermediate", "slot_output"):
+        assert needed[name] == declared[name], name
+    dynamic = quantization is not None and not has_static_activations(quantization)
+    assert ("activation_scale" in declared) == ("intermediate_scale" in declared) == dynamic
 
 
 def test_dispatch_capacity_bounds_memory() -> None:
@@ -330,6 +370,58 @@ def test_refused(h200: Environment, gate: str, overrides: dict[str, Any], change
 def test_the_refusal_of_fp8_says_why(h200: Environment) -> None:
     verdict = TritonFusedMoE.supports(make_config(quantization=Fp8Block()), h200.pretend(sm=80))
     assert verdict.reason == "sm: needs SM 89 or newer, since Triton has no fp8 e4m3 before it, saw SM 80"
+
+
+def kernels(environment: Environment, **overrides: Any) -> str:
+    config = make_config(**overrides)
+    assert TritonFusedMoE.supports(config, environment).ok
+    return TritonFusedMoE.details(config, environment)["kernels"]
+
+
+@pytest.mark.parametrize("quantization", [None, *FP8_SCHEMES.values()], ids=["none", *FP8_SCHEMES])
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_hopper_kernels_where_they_run(h200: Environment, version: str, quantization: QuantConfig | None) -> None:
+    machine = h200.pretend(packages={"triton": Package("triton", version)})
+    words = kernels(machine, quantization=quantization, hidden_size=64, intermediate_size=48)
+    assert words == "hopper: TMA, wgmma, warp specialization"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "gates", "seen"),
+    [
+        ({}, {"sm": 80}, ["sm"], "SM 80"),
+        ({}, {"sm": 89}, ["sm"], "SM 89"),
+        ({}, {"sm": 100}, ["sm"], "SM 100"),
+        ({"quantization": Fp8Block(), "hidden_size": 48, "intermediate_size": 16}, {"sm": 89}, ["sm"], "SM 89"),
+        ({}, {"packages": {"triton": Package("triton", "3.5.1")}}, ["triton"], "3.5.1"),
+        ({"dtype": torch.float32}, {}, ["dtype"], "float32"),
+        ({"hidden_size": 36}, {}, ["sizes"], "H 36, I 24"),
+        ({"intermediate_size": 7}, {}, ["sizes"], "H 40, I 7"),
+        ({"quantization": Fp8PerToken(), "hidden_size": 72, "intermediate_size": 16}, {}, ["sizes"], "H 72, I 16"),
+        ({"dtype": torch.float32, "hidden_size": 33}, {"sm": 80}, ["sm", "dtype", "sizes"], "H 33, I 24"),
+    ],
+    ids=str,
+)
+def test_portable_kernels_elsewhere_and_why(
+    h200: Environment, overrides: dict[str, Any], changes: dict[str, Any], gates: list[str], seen: str
+) -> None:
+    words = kernels(h200.pretend(**changes), **overrides)
+    kind, _, reasons = words.partition(": ")
+    assert kind == "portable"
+    assert [reason.partition(":")[0] for reason in reasons.split("; ")] == gates
+    assert all("needs" in reason and "saw" in reason for reason in reasons.split("; "))
+    assert words.endswith(f"saw {seen}")
+
+
+def test_portable_kernels_in_the_interpreter() -> None:
+    interpreter = Environment(packages={"triton": Package("triton", "3.6.0")}, triton_interpret=True)
+    assert kernels(interpreter) == "portable: sm: needs SM 90: wgmma exists nowhere else, saw no CUDA device"
+
+
+def test_missing_triton_is_named_even_where_the_layer_is_refused(h200: Environment) -> None:
+    environment = h200.pretend(packages={})
+    assert not TritonFusedMoE.supports(make_config(), environment).ok
+    assert "saw not installed" in TritonFusedMoE.details(make_config(), environment)["kernels"]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8_DTYPE])
@@ -392,6 +484,151 @@ def test_every_fp8_tile_on_the_gpu(num_rows: int, scheme: QuantConfig) -> None:
     )
     layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
     layer.check_batched([0, num_rows, 1, min(num_rows, 5)] * 4, max_tokens=num_rows)
+
+
+def on_hopper(**overrides: Any) -> Layer:
+    """A layer for every tile of the Hopper kernels, which it must take."""
+    sizes = {"num_experts": 16, "hidden_size": 576, "intermediate_size": 704, "max_tokens_per_rank": 4096}
+    layer = Layer.of(TritonFusedMoE, **(sizes | overrides))
+    assert isinstance(layer.experts, TritonFusedMoE)
+    assert layer.experts.kernels == "hopper"
+    return layer
+
+
+def strided(weights: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each row followed by 16 others: weights that TMA does not take as one matrix."""
+    return torch.cat([weights, torch.zeros_like(weights[..., :16])], dim=-1)[..., :-16]
+
+
+def on_portable(layer: Layer) -> Layer:
+    """The same layer, computed by the portable kernels."""
+    weights = replace(layer.weights, w13=strided(layer.weights.w13), w2=strided(layer.weights.w2))
+    experts = TritonFusedMoE(layer.config, weights)
+    assert experts.kernels == "portable"
+    return Layer(layer.config, weights, experts, WorkspaceArena(DEVICE, poison=True))
+
+
+def switch_points(**overrides: Any) -> list[int]:
+    """Numbers of rows just before and just after another tile is chosen, and the next one."""
+    config = make_config(num_experts=16, **overrides)
+    tiles = [hopper_tiles_of(config, num_rows) for num_rows in range(1, 1200)]
+    last = [num_rows for num_rows in range(1, 1199) if tiles[num_rows - 1] != tiles[num_rows]]
+    return sorted({num_rows + after for num_rows in last for after in (0, 1)})
+
+
+SCHEMES = {"none": None} | FP8_SCHEMES
+LAYERS_AT_SWITCH_POINTS = [
+    pytest.param(scheme, num_rows, id=f"{name}-{num_rows}")
+    for name, scheme in SCHEMES.items()
+    for num_rows in switch_points(quantization=scheme)
+]
+hopper_only = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+def test_there_are_switch_points_of_every_kind() -> None:
+    for scheme in SCHEMES.values():
+        config = make_config(num_experts=16, quantization=scheme)
+        tiles = [hopper_tiles_of(config, num_rows).gate_up for num_rows in switch_points(quantization=scheme)]
+        assert {tile.wide for tile in tiles} == {False, True}
+        assert len({tile.block_x for tile in tiles}) >= 3
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize(("quantization", "num_rows"), LAYERS_AT_SWITCH_POINTS)
+def test_tiles_of_the_hopper_kernels(quantization: QuantConfig | None, num_rows: int) -> None:
+    layer = on_hopper(quantization=quantization)
+    layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_rows", [3, 700])
+@pytest.mark.parametrize("quantization", SCHEMES.values(), ids=SCHEMES)
+def test_hopper_and_portable_kernels_agree(quantization: QuantConfig | None, num_rows: int) -> None:
+    layer = on_hopper(quantization=quantization)
+    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7)
+    first = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    second = on_portable(layer).apply(rows, local_ids=ids, topk_weights=weights)
+    assert_close_to_oracle(first, second, layer.tolerance)
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_the_kernels_that_run_are_those_that_are_named() -> None:
+    import triton
+
+    def launched(layer: Layer) -> list[str]:
+        names: list[str] = []
+
+        def note(metadata: Any) -> None:
+            names.append(metadata.get()["name"])
+
+        hooks = triton.knobs.runtime.launch_enter_hook
+        hooks.add(note)
+        try:
+            layer.apply(layer.rows(5), local_ids=random_ids(5, 2, 16), topk_weights=normal(5, 2, seed=7))
+        finally:
+            hooks.remove(note)
+        return names
+
+    layer = on_hopper()
+    assert launched(layer).count("hopper_gemm_kernel") == 2
+    names = launched(on_portable(layer))
+    assert "hopper_gemm_kernel" not in names
+    assert {"_gate_up_activation_kernel", "_down_kernel"} <= set(names)
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_rows", [9, 700])
+@pytest.mark.parametrize("quantization", [None, Fp8Block(), Fp8PerTensor(static_activations=True)], ids=str)
+def test_hopper_kernels_confine_nan_and_repeat_bitwise(quantization: QuantConfig | None, num_rows: int) -> None:
+    layer = on_hopper(quantization=quantization)
+    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7)
+    ids[3] = torch.tensor([2, 5])
+    first = layer.apply(rows, local_ids=ids, topk_weights=weights).clone()
+    assert torch.equal(layer.apply(rows, local_ids=ids, topk_weights=weights), first)
+    rows[3, 1] = torch.nan
+    out = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    others = torch.arange(num_rows, device=DEVICE) != 3
+    assert out[3].isnan().all()
+    assert torch.equal(out[others], first[others])
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_rows", [9, 700])
+@pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
+def test_graph_replays_of_the_hopper_kernels(quantization: QuantConfig | None, num_rows: int) -> None:
+    """Many replays without a pause: each kernel begins while the one before ends."""
+    layer = on_hopper(quantization=quantization)
+    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7)
+    handle = layer.handle(num_rows)
+    layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    routings = torch.randint(-1, 16, (20, num_rows, 2), generator=generator, device=DEVICE, dtype=torch.int32)
+    routings[1], routings[2] = -1, 7
+    outputs = []
+    for routing in routings:
+        ids.copy_(routing)
+        graph.replay()
+        outputs.append(out.clone())
+    for routing, output in zip(routings, outputs, strict=True):
+        expected = layer.apply(rows, local_ids=routing, topk_weights=weights)
+        assert torch.equal(output, expected)
+    for index in (0, 1, 2, 19):
+        assert_close_to_oracle(outputs[index], layer.expected(rows, routings[index], weights), layer.tolerance)
 
 
 @needs_cuda

@@ -1,18 +1,29 @@
-"""Compiles kernels for GPUs that need not be there; prints {"kernel sm": what became of it} as JSON.
+"""Compiles kernels for GPUs that need not be there; prints what became of them as JSON.
 
-Run as a program without TRITON_INTERPRET, which is a property of the process.
+    {"portable": {"kernel sm": see outcome}, "hopper": {"kernel": see compile_hopper}}
+
+"hopper" is empty before Triton 3.6. Run as a program without TRITON_INTERPRET, which is a property of the process.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_plugin.config import MoEConfig
+from moe_plugin.environment import Environment
 from moe_plugin.kernels import counting_sort, grouped_gemm, quantize_rows, row_sum
+from moe_plugin.kernels.hopper_tiling import hopper_verdict
+from moe_plugin.kernels.launcher import Launch
+from moe_plugin.kernels.tiling import counting_sort_shapes
+from tests.kernels.compile_launch import compile_launch
 
 FP8, BF16, FP32, INT = "*fp8e4nv", "*bf16", "*fp32", "*i32"
 BLOCK_SCALES = {"ROW_SCALE": "group", "WEIGHT_SCALE": "block"}
@@ -22,10 +33,6 @@ ACTIVATION = {"ACTIVATION": "silu_and_mul", "SWIGLU_ALPHA": 1.702, "SWIGLU_LIMIT
 FP8_TILE = {"BLOCK_M": 64, "BLOCK_K": 128, "GROUP_M": 8}
 BF16_TILE = {"BLOCK_M": 16, "BLOCK_K": 64, "GROUP_M": 8}
 SORTED = {"sorted_pairs_ptr": INT, "expert_ptr": INT}
-
-
-def _int_pointers(kernel: Any) -> dict[str, str]:
-    return {name: INT for name in kernel.arg_names if name.endswith("_ptr")}
 
 
 GEMMS: dict[str, tuple[Any, dict[str, Any], int]] = {
@@ -79,19 +86,6 @@ ROUTING: dict[str, tuple[Any, dict[str, Any], int]] = {
         {"rows_ptr": BF16, "index_ptr": INT, "weights_ptr": FP32, "out_ptr": BF16, "TERMS": 8, "BLOCK_H": 1024},
         4,
     ),
-    "one_launch_sort": (
-        counting_sort._one_launch_kernel,
-        _int_pointers(counting_sort._one_launch_kernel)
-        | {"NUM_EXPERTS": 256, "TOP_K": 8, "BLOCK_M": 16, "PAIRS": 1024, "EXPERTS": 256, "SHARE": 32},
-        4,
-    ),
-    "place": (
-        counting_sort._place_kernel,
-        _int_pointers(counting_sort._place_kernel)
-        | {"NUM_EXPERTS": 256, "TOP_K": 8, "BLOCK_M": 64, "CHUNK": 256}
-        | {"RANK_TILE": 32, "BLOCK_TILE": 32, "EXPERT_TILE": 64},
-        8,
-    ),
 }
 CASES = {
     80: ROUTING | {name: case for name, case in GEMMS.items() if "bf16" in name} | {"down fp8": GEMMS["down fp8"]},
@@ -100,8 +94,29 @@ CASES = {
 }
 
 
-def compile_for(sm: int, kernel: Any, parameters: dict[str, Any], num_warps: int) -> str:
-    """What the kernel multiplies with ("wgmma", "mma" or "nothing"), or the error.
+def sort_launches() -> dict[str, Launch]:
+    """{"sort of N rows, launch i": what the counting sort of N x 8 pairs launches}"""
+    launches: dict[str, Launch] = {}
+    for num_rows in (64, 512, 8192):
+        shapes = counting_sort_shapes(num_rows, 8, 256, 64)
+        buffers = {name: torch.empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        local_ids = torch.empty(num_rows, 8, dtype=torch.int32)
+        for index, launch in enumerate(counting_sort.counting_sort_launches(local_ids, 256, 64, **buffers)):
+            launches[f"sort of {num_rows} rows, launch {index}"] = launch
+    return launches
+
+
+def outcome(compile_it: Callable[[], Any]) -> str:
+    """What a kernel multiplies with ("wgmma", "mma" or "nothing"), or the error."""
+    try:
+        ptx = compile_it().asm["ptx"]
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    return next((name for name in ("wgmma", "mma") if f"{name}." in ptx), "nothing")
+
+
+def compile_for(sm: int, kernel: Any, parameters: dict[str, Any], num_warps: int) -> Any:
+    """The compiled kernel.
 
     parameters: types of pointers and values of constants; pointers that are not named are None, the rest are integers.
     """
@@ -118,13 +133,24 @@ def compile_for(sm: int, kernel: Any, parameters: dict[str, Any], num_warps: int
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": 2}
-    try:
-        ptx = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm["ptx"]
-    except Exception as problem:
-        return f"{type(problem).__name__}: {problem}"
-    return next((name for name in ("wgmma", "mma") if f"{name}." in ptx), "nothing")
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
 if __name__ == "__main__":
-    results = {f"{name} {sm}": compile_for(sm, *case) for sm, cases in CASES.items() for name, case in cases.items()}
-    print(json.dumps(results))
+    portable = {
+        f"{name} {sm}": outcome(functools.partial(compile_for, sm, *case))
+        for sm, cases in CASES.items()
+        for name, case in cases.items()
+    } | {
+        f"{name} {sm}": outcome(functools.partial(compile_launch, launch, sm))
+        for sm in (80, 90)
+        for name, launch in sort_launches().items()
+    }
+    hopper = {}
+    layer = MoEConfig(num_experts=1, top_k=1, hidden_size=64, intermediate_size=64)
+    if hopper_verdict(layer, Environment.probe().pretend(sm=90)).ok:
+        from tests.kernels.compile_hopper_kernels import CASES as HOPPER_CASES
+        from tests.kernels.compile_hopper_kernels import compile_hopper
+
+        hopper = {name: compile_hopper(*case) for name, case in HOPPER_CASES.items()}
+    print(json.dumps({"portable": portable, "hopper": hopper}))

@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
+from moe_plugin.kernels.hopper_tiling import SHARED_MEMORY
+
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """{"kernel sm": the instructions it multiplies with, or an error}"""
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program `compile_kernels` prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, "-m", "tests.kernels.compile_kernels"]
@@ -25,7 +28,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def test_every_kernel_compiles(compiled: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def compiled(everything: dict[str, Any]) -> dict[str, str]:
+    """{"kernel sm": the instructions it multiplies with, or an error}"""
+    return everything["portable"]
+
+
+@pytest.fixture(scope="module")
+def hopper(everything: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"kernel": {"instructions", "stack", "shared"}}"""
+    if not everything["hopper"]:
+        pytest.skip("needs Triton 3.6")
+    return everything["hopper"]
+
+
+def test_every_portable_kernel_compiles(compiled: dict[str, str]) -> None:
     failed = {name: outcome for name, outcome in compiled.items() if outcome not in ("wgmma", "mma", "nothing")}
     assert list(failed) == ["down fp8 80"], failed
 
@@ -40,3 +57,19 @@ def test_gemms_run_on_tensor_cores(compiled: dict[str, str]) -> None:
     del gemms["down fp8 80"]
     wgmma = {"gate_up fp8 90", "down fp8 90"}
     assert gemms == {name: "wgmma" if name in wgmma else "mma" for name in gemms}
+
+
+def test_hopper_kernels_are_fed_by_tma_and_multiply_with_wgmma(hopper: dict[str, dict[str, Any]]) -> None:
+    assert len(hopper) == 6
+    for name, found in hopper.items():
+        expected = ["wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier.try_wait", "griddepcontrol.wait"]
+        assert found["instructions"] == expected, name
+
+
+def test_hopper_kernels_keep_their_sums_in_registers_and_their_stages_in_shared_memory(
+    hopper: dict[str, dict[str, Any]],
+) -> None:
+    for name, found in hopper.items():
+        # A tile that does not fit the registers spills hundreds of bytes per thread.
+        assert found["stack"] <= 32, (name, found)
+        assert SHARED_MEMORY // 2 < found["shared"] <= SHARED_MEMORY, (name, found)

@@ -45,7 +45,8 @@ def check_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> None:
     before = local_ids.clone()
     buffers = run_sort(local_ids, num_experts, block_m)
     sorted_pairs, block_expert, counts = expected_sort(local_ids, num_experts, block_m)
-    slot_of_pair = [sorted_pairs.index(p) if p in sorted_pairs else -1 for p in range(local_ids.numel())]
+    slot_of = {pair: slot for slot, pair in enumerate(sorted_pairs)}
+    slot_of_pair = [slot_of.get(pair, -1) for pair in range(local_ids.numel())]
     assert buffers["sorted_pairs"].tolist() == sorted_pairs
     assert buffers["block_expert"].tolist() == block_expert
     assert buffers["expert_num_tokens"].tolist() == counts
@@ -86,8 +87,20 @@ def test_random_ids(num_rows: int, top_k: int, num_experts: int, block_m: int) -
     check_sort(random_ids(num_rows, top_k, num_experts), num_experts, block_m)
 
 
-def test_more_chunks_than_one_scan_tile() -> None:
-    check_sort(random_ids(66 * SORT_CHUNK // 2, 2, 3), 3, 128)
+@pytest.mark.parametrize("most_unscanned", [128, 34, 33])
+def test_many_chunks(most_unscanned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting_sort_module, "_MAX_UNSCANNED_CHUNKS", most_unscanned)
+    check_sort(random_ids(34 * SORT_CHUNK // 2, 2, 3), 3, 128)
+
+
+@pytest.mark.parametrize("num_rows", [20, 600])
+def test_slots_without_the_sorted_pairs(num_rows: int) -> None:
+    ids = random_ids(num_rows, 3, 5).to(DEVICE)
+    buffers = run_sort(ids, 5, 16)
+    outputs = {name: torch.full_like(buffer, -7) for name, buffer in buffers.items() if name != "sorted_pairs"}
+    counting_sort(ids, 5, 16, sorted_pairs=None, **outputs)
+    for name in ("slot_of_pair", "block_expert", "expert_num_tokens", "num_blocks"):
+        assert torch.equal(outputs[name], buffers[name]), name
 
 
 @pytest.mark.parametrize("expert", [0, 3, 6])

@@ -332,8 +332,8 @@ class CountingKernel(JITFunction):
 
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> tuple[CountingKernel, Recorder]:
-    monkeypatch.setattr(module, "_current_device", lambda: 0)
-    monkeypatch.setattr(module, "_current_stream", lambda device: 77)
+    monkeypatch.setattr(module, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "current_stream", lambda device: 77)
     kinds = dict.fromkeys(("a_ptr", "b_ptr", "n", "m", "f", "flag"), "i32")
     compiled, recorder = compiled_for(kinds | {"BLOCK": "constexpr"}, None)
     return CountingKernel(two_pointers, compiled), recorder
@@ -364,7 +364,7 @@ def test_the_second_launch_of_a_specialization_is_direct(
         assert kernel.launched == 2 + count
         other()
         assert kernel.launched == 2 + count
-    monkeypatch.setattr(module, "_current_device", lambda: 1)
+    monkeypatch.setattr(module, "current_device", lambda: 1)
     launch((1,), ARGS, (8,))
     assert kernel.launched == 2 + len(others)
 

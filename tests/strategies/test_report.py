@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moe_plugin.environment import Environment
+from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
 from moe_plugin.strategies.selector import explain, strategy_names
 from tests.matrix.third_party import register
 from tests.strategies.machines import CPU, gpu, layer_config
@@ -28,6 +29,7 @@ STRATEGY_KEYS = {
     "workspace_bytes": dict,
     "extra_weight_bytes": int,
     "host_syncs": int,
+    "details": dict,
 }
 GATE_KEYS = {
     "part": str,
@@ -55,6 +57,8 @@ def assert_follows_schema(report: dict[str, Any]) -> None:
             assert_has(entry, STRATEGY_KEYS)
             assert entry["standing"] in {"refused", "explicit only", "available"}
             assert all(isinstance(size, int) and size >= 0 for size in entry["workspace_bytes"].values())
+            assert all(isinstance(words, str) for words in entry["details"].values())
+            assert not (entry["details"] and entry["standing"] == "refused")
             for gate in entry["gates"]:
                 assert_has(gate, GATE_KEYS)
             failed = [gate for gate in entry["gates"] if not gate["ok"] and not gate["auto_only"]]
@@ -137,6 +141,31 @@ def test_the_line_says_what_why_and_how_much() -> None:
     assert report.line().startswith("moe_strategy auto -> local+triton_fused_moe (every expert is on this rank")
     assert "MiB" in report.line()
     assert "\n" not in report.line()
+
+
+HOPPER = "hopper: TMA, wgmma, warp specialization"
+PORTABLE = "portable: sm: needs SM 90: wgmma exists nowhere else, saw SM 80"
+
+
+@pytest.mark.parametrize(("sm", "words"), [(90, HOPPER), (80, PORTABLE)])
+def test_what_a_class_does_inside_is_shown_everywhere(sm: int, words: str) -> None:
+    report = explain(layer_config(), "auto", gpu(sm))
+    assert f", kernels {words})" in report.line()
+    assert f"triton_fused_moe.kernels: {words}" in report.text(width=400)
+    by_name = {entry["strategy"]: entry["details"] for entry in report.to_dict()["strategies"]["decode"]}
+    assert by_name["local+triton_fused_moe"] == {"triton_fused_moe.kernels": words}
+    assert by_name["local+torch_native"] == {}
+
+
+def test_long_details_are_whole_in_the_table_and_short_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "every one of " + "many, " * 30 + "words"
+    monkeypatch.setattr(TritonFusedMoE, "details", classmethod(lambda cls, config, environment: {"kernels": words}))
+    report = explain(layer_config(), "auto", gpu(90))
+    shown = report.line().partition(", kernels ")[2]
+    assert shown.startswith("every one of many, many")
+    assert shown.endswith(" ...)")
+    assert len(shown) <= 81
+    assert words in report.text(width=400)
 
 
 def test_the_layer_and_the_machine_are_described() -> None:

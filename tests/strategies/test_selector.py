@@ -7,7 +7,7 @@ import json
 import pytest
 
 import moe_plugin
-from moe_plugin.config import Fp8Block
+from moe_plugin.config import Fp8Block, MoEConfig
 from moe_plugin.environment import Environment, Package
 from moe_plugin.errors import NoStrategyError, StrategyUnsupportedError, UnknownStrategyError
 from moe_plugin.strategies import selector
@@ -221,6 +221,40 @@ def test_a_gate_of_auto_alone_shows_in_the_report(monkeypatch: pytest.MonkeyPatc
     assert entry.to_dict()["gates"][-1]["auto_only"]
     assert "a full moon" in report.text(width=300)
     json.loads(report.json())
+
+
+class TalkativeMonolith(OracleMonolith):
+    name = "talkative"
+
+    @classmethod
+    def details(cls, config: MoEConfig, environment: Environment) -> dict[str, str]:
+        return {"order": f"{config.num_experts} experts on SM {environment.sm}"}
+
+
+class MumblingExperts(LoopExperts):
+    name = "mumbling"
+
+    @classmethod
+    def details(cls, config: MoEConfig, environment: Environment) -> dict[str, str]:
+        raise RuntimeError("lost for words")
+
+
+def test_classes_say_what_they_do_inside() -> None:
+    moe_plugin.register_monolithic(TalkativeMonolith)
+    moe_plugin.register_experts(MumblingExperts)
+    environment = gpu(90)
+    entries = {entry.strategy: entry for entry in explain(layer_config(), "auto", environment).entries["decode"]}
+    assert entries["talkative"].details == {"talkative.order": "16 experts on SM 90"}
+    assert "order 16 experts on SM 90" in select(layer_config(), "talkative", environment).line()
+    # A class that cannot say it is not kept from running.
+    assert entries["local+mumbling"].runs
+    assert entries["local+mumbling"].details == {"mumbling.details": "RuntimeError('lost for words')"}
+
+
+def test_a_refused_strategy_has_no_details() -> None:
+    entries = {entry.strategy: entry for entry in explain(layer_config(), "auto", gpu(75)).entries["decode"]}
+    assert not entries["local+triton_fused_moe"].runs
+    assert entries["local+triton_fused_moe"].details == {}
 
 
 def test_explain_probes_this_machine_when_not_told_another(monkeypatch: pytest.MonkeyPatch) -> None:
