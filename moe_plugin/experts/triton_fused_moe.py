@@ -8,6 +8,7 @@ rows are quantized first, once each, unless the dispatcher already did. Nothing 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from moe_plugin.kernels.hopper_gemm import Fp8Scales
     from moe_plugin.kernels.launcher import Launch
 
+logger = logging.getLogger(__name__)
+
 Buffers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -75,8 +78,12 @@ class TritonFusedMoE(Experts):
             self._shared_memory = shared_memory_bytes(10 * major + minor)
             properties = torch.cuda.get_device_properties(device)
             self._num_sms, device_name = properties.multi_processor_count, properties.name
-            dense = weights_take_tma(weights.w13) and weights_take_tma(weights.w2)
-            self._hopper = dense and hopper_verdict(config, Environment.probe("cuda")).ok
+            self._hopper = hopper_verdict(config, Environment.probe("cuda")).ok
+            if self._hopper and not (weights_take_tma(weights.w13) and weights_take_tma(weights.w2)):
+                logger.warning(
+                    "%s: weights are strided or unaligned, so the portable kernels run, not Hopper's", self.name
+                )
+                self._hopper = False
         self.tiles = TileLookup(config, device_name, self._shared_memory)
         given = ((field.name, getattr(weights, field.name)) for field in fields(weights))
         present = [(name, tensor) for name, tensor in given if tensor is not None]

@@ -40,6 +40,6 @@ def dependent_launch() -> bool:
     return _supports(torch.cuda.current_device())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _supports(device: int) -> bool:
     return not triton.knobs.runtime.interpret and torch.cuda.get_device_capability(device) >= (9, 0)

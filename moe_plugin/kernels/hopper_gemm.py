@@ -1,16 +1,16 @@
 """Grouped GEMMs of the experts for Hopper: TMA, wgmma, persistent grid, explicit warp specialization (Gluon).
 
-One warp of each program loads tiles into a ring of shared-memory stages with TMA; the others multiply. The rows of X lie
-in slot order, each expert's segment padded to whole blocks, so that a tile is one TMA box and belongs to one expert:
+One warp of each program loads tiles into a ring of shared-memory stages with TMA; the others multiply. The rows of X
+lie in slot order, each expert's segment padded to whole blocks, so that a tile is one TMA box and one expert's:
 
     gate_up_activation   out = act(x @ w_gate^T + b_gate, x @ w_up^T + b_up)    w13 [E, 2I, H], gate rows first
     down                 out = x @ w2^T + b                                      w2 [E, H, I]
 
-    x [slots, depth], out [slots, columns]; scales of fp8 rows [groups, slots] with groups of 128 columns, or [1, slots]
+    x [slots, depth], out [slots, columns]; scales of fp8 rows [groups, slots], groups of 128 columns, or [1, slots]
 
-A program walks over (row block, column block) tiles, `block_expert` names the expert of a row block, and `num_blocks`, a
-device counter, ends the walk: no host sync, capturable in a CUDA graph. Every tile multiplies two halves of half_w weight
-rows each: gate and up rows of the same columns, or two neighbouring bands of the down projection.
+A program walks over (row block, column block) tiles, `block_expert` names the expert of a row block, and `num_blocks`,
+a device counter, ends the walk: no host sync, capturable in a CUDA graph. Every tile multiplies two halves of half_w
+weight rows each: gate and up rows of the same columns, or two neighbouring bands of the down projection.
 
 Two ways to feed wgmma, whose first operand has 64 rows or multiples of it:
 
@@ -18,11 +18,11 @@ Two ways to feed wgmma, whose first operand has 64 rows or multiples of it:
     narrow   weights are the first operand, X the second: blocks of 8 to 64 rows, for few rows per expert
 
 fp8 products of 128 of depth are summed by the tensor core and then added in fp32, scaled or not: its own accumulators
-keep about 14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Rows that hold no pair are computed from whatever lies
-in them; nothing of one row reaches another.
+keep about 14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). Rows that hold no pair are computed from whatever
+lies in them; nothing of one row reaches another.
 
-Example, narrow, block_x = 8, three experts with 2, 0 and 9 rows: block_expert [0, 2, 2], num_blocks 3, slots 0 to 23, of
-which 2 to 7 and 17 to 23 hold no pair.
+Example, narrow, block_x = 8, three experts with 2, 0 and 9 rows: block_expert [0, 2, 2], num_blocks 3, slots 0 to 23,
+of which 2 to 7 and 17 to 23 hold no pair.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_plugin.kernels.dependent_launch import dependent_launch
 from moe_plugin.kernels.hopper_tiling import LEAST_SCALES, STAGE_DEPTH_BYTES, HopperTile
 from moe_plugin.kernels.launcher import Descriptor, Launch, Launcher, running, tensor_descriptor
 from moe_plugin.kernels.tiling import cdiv
@@ -205,7 +206,7 @@ def _store(
 ):  # fmt: skip
     """Narrow: one buffer. Wide: chunks of 64 columns through two buffers, one being filled while the other travels.
 
-    FIRST: the buffer of a value of one chunk. ALONE: it is the only one of its tile, so that the same buffer comes next.
+    FIRST: the buffer of a value of one chunk. ALONE: it is the only one of its tile, so the same buffer comes next.
     """
     CHUNK: gl.constexpr = out_desc.block_type.shape[1]
     if SWAP:
@@ -688,6 +689,8 @@ def _launches(
             static_scale = scales.out
     subtiles = 128 // tile.half_w if gated and out_kind == "group" else 1
     tiles = blocks.block_expert.numel() * cdiv(columns, tile.half_w * (subtiles if gated else 2))
+    # Where weights stream, the next ones may come while the kernel before ends; a full grid only pays for it.
+    pdl = dependent_launch() and not tile.wide
     launch = _launcher.launch(
         (min(tiles, num_programs),),
         (
@@ -699,10 +702,10 @@ def _launches(
         ),
         (
             w_rows, columns, depth, x_kind, w_kind, out_kind, *constants,
-            not tile.wide, tile.stages(out.element_size(), x_scale_desc is not None), tile.group, tile.num_warps, True,
+            not tile.wide, tile.stages(out.element_size(), x_scale_desc is not None), tile.group, tile.num_warps, pdl,
         ),
         num_warps=tile.num_warps,
-        launch_pdl=True,
+        launch_pdl=pdl,
         maxnreg=tile.max_registers,
     )  # fmt: skip
     return [launch]

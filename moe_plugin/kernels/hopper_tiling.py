@@ -1,14 +1,14 @@
 """Tiles of the Hopper kernels: what fits, what is chosen untuned, and which layers they take. Works without Triton.
 
 Examples, bf16:
-    hopper_tiles(rows_per_expert=4, element_size=2)    -> narrow, 16 rows x (128 + 128) weight rows, 6 stages
+    hopper_tiles(rows_per_expert=4, element_size=2)    -> narrow, 16 rows x (64 + 64) weight rows, 10 stages
     hopper_tiles(rows_per_expert=512, element_size=2)  -> wide, 128 rows x (128 + 128) weight rows, 4 stages
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,15 +92,17 @@ def hopper_tiles(rows_per_expert: int, element_size: int) -> HopperTiles:
     """Tiles for an expected number of rows per expert and operands of `element_size` bytes, untuned.
 
     Few rows: weights stream through the tensor cores as first operand, and blocks of rows are about twice as large as
-    the expectation, so that most experts need one. Many rows: 128 x 256 tiles, 128 x 128 for fp8, whose partial sums
-    take as many registers again.
+    the expectation, so that most experts need one; tiles of few weight rows spread over more SMs. Many rows: 128 x 256
+    tiles, 128 x 128 for fp8, whose partial sums take as many registers again. Drawn from what `moe-plugin tune` found
+    for four models on an H200.
     """
     if rows_per_expert >= 96:
         tile = HopperTile(wide=True, block_x=WIDE_ROWS, half_w=128 if element_size == 2 else 64)
         return HopperTiles(tile, tile)
-    block_x = next((rows for rows in (16, 32) if 2 * rows_per_expert <= rows), 64)
-    tile = HopperTile(wide=False, block_x=block_x, half_w=128)
-    return HopperTiles(tile, tile)
+    block_x = next((rows for limit, rows in ((2, 8), (8, 16), (16, 32)) if rows_per_expert <= limit), 64)
+    # A scale group of fp8 is 128 columns, which one consumer finishes.
+    gate_up = HopperTile(wide=False, block_x=block_x, half_w=64 if element_size == 2 and block_x <= 16 else 128)
+    return HopperTiles(gate_up, replace(gate_up, half_w=64))
 
 
 def hopper_verdict(config: MoEConfig, environment: Environment) -> Verdict:

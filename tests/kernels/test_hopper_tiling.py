@@ -76,7 +76,7 @@ def test_tiles_of_a_call_share_their_rows_and_grow_with_the_rows_per_expert(elem
 
 def test_docstring_examples() -> None:
     few, many = hopper_tiles(4, 2).gate_up, hopper_tiles(512, 2).gate_up
-    assert (few.wide, few.block_x, few.half_w, few.stages(2, False)) == (False, 16, 128, 6)
+    assert (few.wide, few.block_x, few.half_w, few.stages(2, False)) == (False, 16, 64, 10)
     assert (many.wide, many.block_x, many.half_w, many.stages(2, False)) == (True, 128, 128, 4)
 
 

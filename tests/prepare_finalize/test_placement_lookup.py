@@ -71,3 +71,47 @@ def test_wrong_ids_go_to_the_errors(use_triton: bool) -> None:
         look_up()
     errors.raise_pending(synchronize=True)
     assert workspace.tensor("local_ids", (1, 2), torch.int32).tolist() == [[0, -1]]
+
+
+def test_repeated_lookups_take_each_call_s_tensors() -> None:
+    """Lookups of two placements in one workspace, with ids and weights of several layouts."""
+    swapped = ExpertPlacement.from_table(4, [[1, 0, 3, 2]])
+    workspace = WorkspaceArena(DEVICE, poison=True).lease()
+    parts = []
+    for placement in (None, swapped):
+        config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8, placement=placement)
+        lookups = [PlacementLookup(config, DEVICE, use_triton) for use_triton in (True, False)]
+        parts.append((*lookups, DeferredErrors(config, DEVICE), DeferredErrors(config, DEVICE)))
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens in (3, 3, 5, 3, 5):
+        for dtype in (torch.int32, torch.int64):
+            for step in (1, 2):
+                wide = torch.randint(-1, 4, (num_tokens, 2 * step), generator=generator, dtype=dtype).to(DEVICE)
+                weights = torch.rand(num_tokens, 2, generator=generator).to(DEVICE, torch.bfloat16)
+                for lookup, torch_lookup, errors, torch_errors in parts:
+                    expected, _ = torch_lookup.local(
+                        wide[:, ::step], None, WorkspaceArena(DEVICE).lease(), torch_errors
+                    )
+                    slot, converted = lookup.local(wide[:, ::step], weights, workspace, errors)
+                    assert torch.equal(slot, expected)
+                    assert converted is not None
+                    assert torch.equal(converted, weights.float())
+                    errors.raise_pending(synchronize=True)
+
+
+def test_a_repeated_lookup_flags_wrong_ids_of_its_own_layer() -> None:
+    workspace = WorkspaceArena(DEVICE).lease()
+    lookups = [PlacementLookup(LOCAL, DEVICE, use_triton=True) for _ in range(2)]
+    errors = [DeferredErrors(LOCAL, DEVICE) for _ in range(2)]
+    for _ in range(3):
+        for lookup, own in zip(lookups, errors, strict=True):
+            lookup.local(ids([[0, 3]]), None, workspace, own)
+
+    def look_up() -> None:
+        lookups[1].local(ids([[0, 4]]), None, workspace, errors[1])
+        errors[1].raise_pending(synchronize=True)
+
+    for _ in range(2):
+        with pytest.raises(ExpertIdError):
+            look_up()
+        errors[0].raise_pending(synchronize=True)
