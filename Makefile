@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= serve,triton,bench,dev
 PYTEST_ARGS ?=
+# Processes that run tests side by side; on GPUs one, since every test may use all of them.
+TEST_WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then echo 0; else echo 2; fi)
 # The first interpreter that is new enough; looked for only when .venv is built.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
@@ -40,7 +42,7 @@ demo: env ## serve the embedded model on one process and on two ranks, and talk 
 	@$(BIN)/python examples/demo.py
 
 test: env ## all tests that this machine can run
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 check: env ## lint, format, types and the fast tests
 	$(BIN)/ruff check .

@@ -45,7 +45,12 @@ def test_the_commands_exist_with_their_options() -> None:
     for line in code_of(README.read_text()):
         for command, rest in re.findall(r"(?<![\w./-])moe-plugin ([a-z]+)([^|;&#]*)", line):
             assert command in commands, f"README mentions `moe-plugin {command}`"
-            options = {option for parameter in commands[command].params for option in parameter.opts}
+            found = commands[command]
+            if hasattr(found, "commands") and rest.split():
+                name = rest.split()[0]
+                assert name in found.commands, f"README mentions `moe-plugin {command} {name}`"
+                found = found.commands[name]
+            options = {option for parameter in found.params for option in parameter.opts}
             unknown = set(re.findall(r"(?<=\s)--[\w-]+", rest)) - options - {"--help"}
             assert not unknown, f"README gives {unknown} to `moe-plugin {command}`"
             seen.add(command)

@@ -127,7 +127,11 @@ class TritonFusedMoE(Experts):
     @classmethod
     def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
         verdict = hopper_verdict(config, environment)
-        words = "hopper: TMA, wgmma, warp specialization" if verdict.ok else f"portable: {verdict.reason}"
+        words = (
+            "hopper: TMA, wgmma, warp specialization (portable in BatchedExperts)"
+            if verdict.ok
+            else f"portable: {verdict.reason}"
+        )
         return {"kernels": words}
 
     def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
