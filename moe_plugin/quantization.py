@@ -24,7 +24,11 @@ Shapes of the weight scales, El local experts; the first of each pair is the can
 Static activation scales: a13_scale canonically [1], the largest over all experts, since rows are quantized before they
 meet their experts; a2_scale [El]. Either may be given as a scalar, as [1] or as [El].
 
-Example, one row of amax 896 in a group: scale 2, so 896 becomes 448 and 3 becomes 1.5.
+UE8M0 scales, which DeepGEMM takes on SM 100, are the same rounded up to powers of two, and are stored as exponents with
+a bias of 127; 255 stands for NaN.
+
+Example, one row of amax 896 in a group: scale 2, so 896 becomes 448 and 3 becomes 1.5. Amax 900: scale 2.009, in UE8M0
+4, stored as 129.
 """
 
 from __future__ import annotations
@@ -34,28 +38,58 @@ from math import prod
 import torch
 
 from moe_plugin.config import Fp8Block, Fp8PerTensor, Fp8PerToken, QuantConfig
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import ConfigError, ShapeError
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
 LEAST_AMAX = 1e-4
 GROUP_SIZE = 128
 """Columns of the intermediate that share a scale; also the tile of Fp8Block that kernels take."""
+UE8M0_PACKED = 4
+"""Exponents in one int32."""
 
 
-def quantize_rows(x: torch.Tensor, group_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x float [..., D] -> (fp8 [..., D], fp32 scales [..., ceil(D / group_size)]); one group per row when None."""
+def quantize_rows(
+    x: torch.Tensor, group_size: int | None = None, ue8m0: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x float [..., D] -> (fp8 [..., D], fp32 scales [..., ceil(D / group_size)]); one group per row when None.
+
+    ue8m0: scales are powers of two.
+    """
     depth = x.shape[-1]
     group_size = group_size or max(depth, 1)
     grouped = torch.nn.functional.pad(x.float(), (0, -depth % group_size)).unflatten(-1, (-1, group_size))
-    scale = _scale(grouped.abs().amax(dim=-1))
+    scale = _scale(grouped.abs().amax(dim=-1), ue8m0)
     return to_fp8(grouped / scale[..., None]).flatten(-2)[..., :depth].contiguous(), scale
 
 
-def _scale(amax: torch.Tensor) -> torch.Tensor:
+def _scale(amax: torch.Tensor, ue8m0: bool = False) -> torch.Tensor:
     # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a number, and a scale that is off by its last
     # bit takes the other side of every tie, of which rows of 16-bit numbers have many.
-    return amax.clamp(min=LEAST_AMAX) / torch.full((), FP8_MAX, device=amax.device)
+    scale = amax.clamp(min=LEAST_AMAX) / torch.full((), FP8_MAX, device=amax.device)
+    return (_exponents(scale) << 23).view(torch.float32) if ue8m0 else scale
+
+
+def _exponents(scale: torch.Tensor) -> torch.Tensor:
+    """int32 biased exponents of fp32 scales rounded up to powers of two, by the bits: a logarithm would be inexact."""
+    bits = scale.view(torch.int32)
+    return (((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0).int()).clamp(max=255)
+
+
+def pack_ue8m0(scale: torch.Tensor) -> torch.Tensor:
+    """fp32 scales [..., groups], rounded up to powers of two -> int32 [..., ceil(groups / 4)].
+
+    The exponent of the first group of four is the low byte; groups past the last one are zeros.
+    """
+    padded = torch.nn.functional.pad(_exponents(scale.float()), (0, -scale.shape[-1] % UE8M0_PACKED))
+    return padded.to(torch.uint8).contiguous().view(torch.int32)
+
+
+def unpack_ue8m0(packed: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """The inverse of `pack_ue8m0`: fp32 [..., num_groups]."""
+    shifts = torch.arange(0, 8 * UE8M0_PACKED, 8, device=packed.device)
+    exponents = ((packed[..., None] >> shifts) & 0xFF).flatten(-2)[..., :num_groups]
+    return (exponents.int() << 23).view(torch.float32)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -136,8 +170,8 @@ def quantize_weights(w: torch.Tensor, scheme: QuantConfig, halves: int = 1) -> t
     return quantized, torch.cat([scale for _, scale in parts], dim=1)
 
 
-def _quantize_matrix(w: torch.Tensor, scheme: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [E, N, D] -> (fp8, scales [E], [E, N] or [E, ceil(N/bn), ceil(D/bk)])."""
+def _quantize_matrix(w: torch.Tensor, scheme: QuantConfig, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [E, N, D] -> (fp8, scales [E], [E, N] or [E, ceil(N/bn), ceil(D/bk)]). ue8m0: for Fp8Block."""
     if isinstance(scheme, Fp8PerTensor):
         scale = _scale(w.abs().amax(dim=(1, 2)))
         return to_fp8(w / scale[:, None, None]), scale
@@ -148,7 +182,7 @@ def _quantize_matrix(w: torch.Tensor, scheme: QuantConfig) -> tuple[torch.Tensor
         n, d, bn, bk = w.shape[1], w.shape[2], scheme.block_n, scheme.block_k
         padded = torch.nn.functional.pad(w, (0, -d % bk, 0, -n % bn))
         tiles = padded.unflatten(2, (-1, bk)).unflatten(1, (-1, bn))
-        scale = _scale(tiles.abs().amax(dim=(2, 4)))
+        scale = _scale(tiles.abs().amax(dim=(2, 4)), ue8m0)
         quantized = to_fp8(tiles / scale[:, :, None, :, None]).flatten(3).flatten(1, 2)
         return quantized[:, :n, :d].contiguous(), scale
     raise ConfigError(f"no fp8 definition for {scheme.name}")
@@ -169,3 +203,42 @@ def dequantize_weights(w: torch.Tensor, scale: torch.Tensor, scheme: QuantConfig
         ]
         return w.float() * torch.cat(rows, dim=1)
     raise ConfigError(f"no fp8 definition for {scheme.name}")
+
+
+def requantize_weights_ue8m0(w: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of Fp8Block(128, 128) with any scales -> the same with scales that are powers of two.
+
+    w: fp8 [E, N, D]. scale: fp32 [E, ceil(N / 128), ceil(D / 128)]. Returns new tensors of the same shapes and dtypes.
+    Takes one expert at a time, so that there is never an fp32 copy of more than one.
+    Raises ShapeError when scale has another shape.
+    """
+    num_experts, n, d = w.shape
+    tiles = (num_experts, -(-n // GROUP_SIZE), -(-d // GROUP_SIZE))
+    if scale.shape != tiles:
+        raise ShapeError(
+            f"scales of 128 x 128 tiles of weights {list(w.shape)} are {list(tiles)}, not {[*scale.shape]}"
+        )
+    scheme = Fp8Block(GROUP_SIZE, GROUP_SIZE)
+    out, out_scale = torch.empty_like(w), torch.empty(tiles, dtype=torch.float32, device=w.device)
+    for expert in range(num_experts):
+        one = slice(expert, expert + 1)
+        exact = dequantize_weights(w[one], scale[one], scheme)
+        out[one], out_scale[one] = _quantize_matrix(exact, scheme, ue8m0=True)
+    return out, out_scale
+
+
+def gate_first(up_gate: torch.Tensor) -> torch.Tensor:
+    """A tensor of a checkpoint that stores w13 as [up | gate] -> a new one in the order of this package, [gate | up].
+
+    up_gate: w13 [E, 2I, H], w13_bias [E, 2I] or w13_scale in any shape of this module's docstring, of any dtype; each
+    of them is to be reordered. One scale per expert, [E], belongs to both halves and is returned as it is.
+    Tiles of w13_scale [E, 2 * ceil(I / 128), ...] must not hold rows of both halves, as they would where I is no
+    multiple of 128 and tiles are counted through.
+    Raises ShapeError when there are no two halves.
+    """
+    if up_gate.dim() < 2:
+        return up_gate
+    if up_gate.shape[1] % 2:
+        raise ShapeError(f"up and gate halves along dimension 1 make it even, got {list(up_gate.shape)}")
+    up, gate = up_gate.chunk(2, dim=1)
+    return torch.cat([gate, up], dim=1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_plugin.config import Fp8Block, Fp8PerTensor, Fp8PerToken, QuantConfig
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import ConfigError, ShapeError
 from moe_plugin.quantization import (
     FP8_DTYPE,
     FP8_MAX,
@@ -20,12 +20,16 @@ from moe_plugin.quantization import (
     dequantize_rows,
     dequantize_weights,
     fake_quantize,
+    gate_first,
     has_static_activations,
     input_group_size,
+    pack_ue8m0,
     quantize_rows,
     quantize_static,
     quantize_weights,
+    requantize_weights_ue8m0,
     to_fp8,
+    unpack_ue8m0,
     weight_scale_shapes,
 )
 
@@ -204,3 +208,102 @@ def test_a_scheme_without_a_definition_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="no fp8 definition for QuantConfig"):
             attempt()
+
+
+@settings(deadline=None)
+@given(st.floats(0, 2.0**127, width=32))
+def test_ue8m0_scales_are_the_least_power_of_two_that_is_enough(amax: float) -> None:
+    _, exact = quantize_rows(torch.tensor([[amax]]))
+    quantized, scale = quantize_rows(torch.tensor([[amax]]), ue8m0=True)
+    mantissa, _ = math.frexp(float(scale))
+    assert mantissa == 0.5
+    assert float(scale) / 2 < float(exact) <= float(scale)
+    assert torch.equal(quantized.float(), to_fp8(torch.tensor([[amax]]) / scale).float())
+
+
+def test_ue8m0_example_of_the_module() -> None:
+    assert quantize_rows(torch.tensor([[896.0], [900.0]]), ue8m0=True)[1].tolist() == [[2], [4]]
+    assert pack_ue8m0(torch.tensor([[2.0], [900 / 448]])).tolist() == [[128], [129]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ue8m0_of_nan_and_inf(bad: float) -> None:
+    quantized, scale = quantize_rows(torch.tensor([[1.0, bad], [1.0, 2.0]]), ue8m0=True)
+    assert dequantize_rows(quantized, scale).isnan().tolist() == [[True, True], [False, False]]
+    assert pack_ue8m0(scale)[0].tolist() == [255]
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 4, 5, 8])
+def test_packed_exponents(num_groups: int) -> None:
+    exponents = torch.randint(1, 256, (3, num_groups), generator=torch.Generator().manual_seed(0))
+    scale = torch.ldexp(torch.ones(()), exponents.float() - 127)
+    scale[exponents == 255] = math.inf
+    for strided in (scale, scale.T.contiguous().T):
+        packed = pack_ue8m0(strided)
+        assert packed.dtype is torch.int32
+        assert packed.shape == (3, -(-num_groups // 4))
+        for row in range(3):
+            for group in range(4 * packed.shape[1]):
+                byte = int(packed[row, group // 4]) >> 8 * (group % 4) & 0xFF
+                assert byte == (exponents[row, group] if group < num_groups else 0)
+        assert torch.equal(unpack_ue8m0(packed, num_groups), scale)
+        assert torch.equal(unpack_ue8m0(packed.T.contiguous().T, num_groups), scale)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 384), (200, 130), (64, 576)])
+def test_weights_quantized_anew(rows: int, columns: int) -> None:
+    """As if the weights that the fp8 ones stand for were quantized with such scales in the first place."""
+    quantized, scale = quantize_weights(normal(3, rows, columns), Fp8Block())
+    scale[1] *= 100
+    exact = dequantize_weights(quantized, scale, Fp8Block())
+    anew, new_scale = requantize_weights_ue8m0(quantized, scale)
+    assert (anew.shape, anew.dtype) == (quantized.shape, FP8_DTYPE)
+    assert new_scale.shape == scale.shape
+    assert (torch.frexp(new_scale)[0] == 0.5).all()
+    for expert in range(3):
+        for i in range(scale.shape[1]):
+            for j in range(scale.shape[2]):
+                tile = (expert, slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                ratio = float(new_scale[expert, i, j]) / group_scale(exact[tile])
+                assert 1 <= ratio * (1 + 1e-6) < 2 * (1 + 1e-6)
+                assert torch.equal(anew[tile].float(), to_fp8(exact[tile] / new_scale[expert, i, j]).float())
+    restored = dequantize_weights(anew, new_scale, Fp8Block())
+    assert float((restored - exact).norm() / exact.norm()) < 0.04
+
+
+def test_power_of_two_scales_stay_as_they_are() -> None:
+    quantized, _ = quantize_weights(normal(2, 128, 256), Fp8Block())
+    scale = torch.tensor([[[0.5, 4.0]], [[2.0**-20, 1.0]]])
+    anew, new_scale = requantize_weights_ue8m0(quantized, scale)
+    assert torch.equal(new_scale, scale)
+    assert torch.equal(anew.float(), quantized.float())
+    none, no_scale = requantize_weights_ue8m0(quantized[:0], scale[:0])
+    assert (none.shape, no_scale.shape) == ((0, 128, 256), (0, 1, 2))
+
+
+def test_scales_of_other_tiles_are_refused() -> None:
+    quantized, scale = quantize_weights(normal(2, 128, 256), Fp8Block())
+    with pytest.raises(ShapeError, match=r"\[2, 1, 2\], not \[2, 2, 1\]"):
+        requantize_weights_ue8m0(quantized, scale.mT)
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES.values()], ids=["bf16", *SCHEMES])
+def test_gate_first_makes_the_same_layer(scheme: QuantConfig | None) -> None:
+    gate, up = normal(2, 130, 140), normal(2, 130, 140, seed=1)
+    if scheme is None:
+        assert torch.equal(gate_first(torch.cat([up, gate], dim=1)), torch.cat([gate, up], dim=1))
+        assert torch.equal(gate_first(torch.cat([up, gate], dim=1)[..., 0]), torch.cat([gate, up], dim=1)[..., 0])
+        return
+    up_gate, up_gate_scale = quantize_weights(torch.cat([up, gate], dim=1), scheme, halves=2)
+    expected, expected_scale = quantize_weights(torch.cat([gate, up], dim=1), scheme, halves=2)
+    seen, seen_scale = gate_first(up_gate), gate_first(up_gate_scale)
+    assert seen.is_contiguous()
+    assert torch.equal(seen.float(), expected.float())
+    assert torch.equal(seen_scale, expected_scale)
+
+
+def test_gate_first_of_what_has_no_halves() -> None:
+    per_expert = torch.ones(4)
+    assert gate_first(per_expert) is per_expert
+    with pytest.raises(ShapeError, match=r"\[4, 3, 2\]"):
+        gate_first(torch.ones(4, 3, 2))

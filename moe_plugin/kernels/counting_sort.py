@@ -8,6 +8,7 @@ Example, N = 3 rows, K = 2, two experts, block_m = 2:
     block_expert       [0, 1, 1, -1]                  one entry per block of two slots; -1 is unused
     expert_num_tokens  [2, 3]
     num_blocks         [3]                            blocks in use
+    group_ends         [2, 5]                         where the pairs of each segment end; an empty one: its start
 
 Up to ONE_LAUNCH_PAIRS pairs and ONE_LAUNCH_EXPERTS experts take one launch: every program counts all ids and then
 places its own share of pairs and blocks. More take two or, for very many, three launches:
@@ -126,6 +127,14 @@ def _read_counts(
 
 
 @triton.jit
+def _store_groups(expert_num_tokens_ptr, group_ends_ptr, experts, counts, ends, padded, NUM_EXPERTS: tl.constexpr):
+    in_range = experts < NUM_EXPERTS
+    tl.store(expert_num_tokens_ptr + experts, counts, mask=in_range)
+    if group_ends_ptr is not None:
+        tl.store(group_ends_ptr + experts, ends - padded + counts, mask=in_range)
+
+
+@triton.jit
 def _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs):
     if sorted_pairs_ptr is not None:
         tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
@@ -158,7 +167,7 @@ def _store_blocks(
 @triton.jit(do_not_specialize=["num_pairs", "num_chunks", "max_blocks"])
 def _place_kernel(
     local_ids_ptr, chunk_counts_ptr, expert_num_tokens_ptr,
-    sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
+    sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr, group_ends_ptr,
     num_pairs, num_chunks, max_blocks, stride_n, stride_k,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, SCANNED: tl.constexpr,
     EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHUNK_TILE: tl.constexpr, RANK_TILE: tl.constexpr,
@@ -187,9 +196,9 @@ def _place_kernel(
         _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs)
     else:
         tile = program - num_chunks
-        if not SCANNED:  # noqa: SIM102 - a constant, known when the kernel is compiled
+        if not SCANNED or group_ends_ptr is not None:  # noqa: SIM102 - a constant, known when the kernel is compiled
             if tile == 0:
-                tl.store(expert_num_tokens_ptr + experts, total, mask=experts < NUM_EXPERTS)
+                _store_groups(expert_num_tokens_ptr, group_ends_ptr, experts, total, ends, padded, NUM_EXPERTS)
         _store_blocks(
             sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, tile * BLOCK_TILE + tl.arange(0, BLOCK_TILE),
             experts, total, ends, padded, num_pairs, max_blocks, NUM_EXPERTS, BLOCK_M, BLOCK_TILE,
@@ -199,7 +208,7 @@ def _place_kernel(
 @triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
 def _one_launch_kernel(
     local_ids_ptr, expert_num_tokens_ptr, sorted_pairs_ptr, slot_of_pair_ptr, block_expert_ptr, num_blocks_ptr,
-    num_pairs, max_blocks, stride_n, stride_k,
+    group_ends_ptr, num_pairs, max_blocks, stride_n, stride_k,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SHARE: tl.constexpr, HISTOGRAM_LANES: tl.constexpr,
     PDL: tl.constexpr,
@@ -216,7 +225,7 @@ def _one_launch_kernel(
         counts = tl.histogram(all_ids, EXPERTS, mask=all_ids >= 0)
     ends, padded = _ends_of_segments(counts, BLOCK_M)
     if program == 0:
-        tl.store(expert_num_tokens_ptr + experts, counts, mask=experts < NUM_EXPERTS)
+        _store_groups(expert_num_tokens_ptr, group_ends_ptr, experts, counts, ends, padded, NUM_EXPERTS)
 
     pairs = program * SHARE + tl.arange(0, SHARE)
     ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
@@ -247,6 +256,7 @@ def counting_sort(
     expert_num_tokens: torch.Tensor,
     num_blocks: torch.Tensor,
     chunk_counts: torch.Tensor,
+    group_ends: torch.Tensor | None = None,
 ) -> None:
     """Sort the pairs of `local_ids` by expert into buffers shaped by `tiling.counting_sort_shapes`.
 
@@ -258,11 +268,15 @@ def counting_sort(
     expert_num_tokens: int32 [num_experts], receives the pairs of each expert.
     num_blocks: int32 [1], receives the number of blocks in use.
     chunk_counts: int32 [chunks, num_experts], scratch.
+    group_ends: int32 [num_experts], receives the slot past each expert's last pair; the start of its segment where it
+        has none. None: not wanted.
     """
     if num_experts == 0 or local_ids.numel() == 0:
         slot_of_pair.fill_(-1)
         expert_num_tokens.zero_()
         num_blocks.zero_()
+        if group_ends is not None:
+            group_ends.zero_()
         return
     launches = counting_sort_launches(
         local_ids,
@@ -274,6 +288,7 @@ def counting_sort(
         expert_num_tokens=expert_num_tokens,
         num_blocks=num_blocks,
         chunk_counts=chunk_counts,
+        group_ends=group_ends,
     )
     for launch in launches:
         launch.run()
@@ -290,6 +305,7 @@ def counting_sort_launches(
     expert_num_tokens: torch.Tensor,
     num_blocks: torch.Tensor,
     chunk_counts: torch.Tensor,
+    group_ends: torch.Tensor | None = None,
 ) -> list[Launch]:
     """What `counting_sort` launches for at least one pair and one expert."""
     num_pairs, top_k = local_ids.numel(), local_ids.shape[1]
@@ -302,7 +318,7 @@ def counting_sort_launches(
             (cdiv(num_pairs, _SHARE),),
             (
                 local_ids, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
-                num_pairs, max_blocks, stride_n, stride_k,
+                group_ends, num_pairs, max_blocks, stride_n, stride_k,
             ),
             (num_experts, top_k, block_m, pairs_padded, experts_padded, _SHARE, _HISTOGRAM_LANES, pdl),
             num_warps=_ONE_LAUNCH_WARPS,
@@ -330,7 +346,7 @@ def counting_sort_launches(
         (num_chunks + cdiv(max_blocks, _BLOCK_TILE),),
         (
             local_ids, chunk_counts, expert_num_tokens, sorted_pairs, slot_of_pair, block_expert, num_blocks,
-            num_pairs, num_chunks, max_blocks, stride_n, stride_k,
+            group_ends, num_pairs, num_chunks, max_blocks, stride_n, stride_k,
         ),
         (
             num_experts, top_k, block_m, scanned, next_power_of_2(num_experts), SORT_CHUNK, _CHUNK_TILE, _RANK_TILE,

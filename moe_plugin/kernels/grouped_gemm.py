@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from moe_plugin.config import Activation
+from moe_plugin.kernels.gated_activation import activate
 from moe_plugin.kernels.interpreter import dot, round_to
 from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.quantize_rows import dynamic_scale
@@ -103,29 +104,6 @@ def _rows_of_block(
         pairs = tl.load(sorted_pairs_ptr + slots)
         used = pairs < num_rows
     return expert, slots.to(tl.int64), pairs.to(tl.int64), used
-
-
-@triton.jit
-def _sigmoid(x):
-    decay = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
-
-
-@triton.jit
-def _gated_activation(
-    gate, up, ACTIVATION: tl.constexpr, SWIGLU_ALPHA: tl.constexpr, SWIGLU_LIMIT: tl.constexpr
-):  # fmt: skip
-    if ACTIVATION == "silu_and_mul":
-        return gate * _sigmoid(gate) * up
-    elif ACTIVATION == "gelu_and_mul":
-        # 0.5 * (1 + tanh(z)) is sigmoid(2z); 0.79788 is sqrt(2 / pi).
-        return gate * _sigmoid(2.0 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)) * up
-    else:
-        tl.static_assert(ACTIVATION == "swiglu_oai")
-        gate = tl.minimum(gate, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, -SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        return (up + 1.0) * gate * _sigmoid(SWIGLU_ALPHA * gate)
 
 
 @triton.jit
@@ -287,7 +265,7 @@ def _gate_up_activation_kernel(
         bias_ptrs = bias_ptr + expert * stride_bias_expert + columns
         gate = _add_bias(gate, bias_ptrs, in_range)
         up = _add_bias(up, bias_ptrs + INTERMEDIATE_SIZE, in_range)
-    value = _gated_activation(gate, up, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT)
+    value = activate(gate, up, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT)
     if OUT_SCALE == "group":
         tl.static_assert(BLOCK_N == _GROUP_SIZE, "a program quantizes one whole group of each of its rows")
         scales = dynamic_scale(tl.where(in_range[None, :], value, 0.0), 1)

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from moe_plugin.config import MoEConfig
 
 _WARP_GROUP_ROWS = gl.constexpr(64)
+_PART_ROWS = 16
+"""Rows of X that are loaded, or not, together."""
 
 
 @gluon.jit
@@ -65,33 +67,63 @@ def _tile_of(tile, num_row_blocks, COLUMN_BLOCKS: gl.constexpr, GROUP: gl.conste
 
 
 @gluon.jit
+def _parts_in_use(row_ends_ptr, expert, x_row, PARTS: gl.constexpr, PART_ROWS: gl.constexpr):
+    """How many of a block's parts of PART_ROWS rows hold any rows of its expert."""
+    if PARTS == 1:
+        return 1
+    else:
+        rows = gl.load(row_ends_ptr + expert) - x_row
+        return gl.minimum((rows + PART_ROWS - 1) // PART_ROWS, PARTS)
+
+
+@gluon.jit
+def _expect(bar, parts, PARTS: gl.constexpr, PART_BYTES: gl.constexpr, OTHER_BYTES: gl.constexpr, pred):
+    """Announce the bytes of one stage. Their number is a constant of the instruction, so there is one for each."""
+    if PARTS == 1:
+        mbarrier.expect(bar, PART_BYTES + OTHER_BYTES, pred=pred)
+    else:
+        for number in gl.static_range(1, PARTS + 1):
+            mbarrier.expect(bar, number * PART_BYTES + OTHER_BYTES, pred=pred & (parts == number))
+
+
+@gluon.jit
 def _load_tiles(
     x_desc, x_scale_desc, w_desc, x_bufs, x_scale_bufs, w_bufs, ready, empty,
-    block_expert_ptr, block_row_ptr, num_blocks_ptr, x_scale_stride,
+    block_expert_ptr, block_row_ptr, row_ends_ptr, num_blocks_ptr, x_scale_stride,
     W_ROWS: gl.constexpr, SECOND_HALF: gl.constexpr, SUBTILES: gl.constexpr, SUBTILE_COLUMNS: gl.constexpr,
     COLUMN_BLOCKS: gl.constexpr, DEPTH: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The producer: fills stage after stage, as soon as every consumer has left it.
 
     With PDL it runs while the kernel before still does, which must have waited for the ones before it: weights, and the
-    tables that the sort wrote, are read at once, rows when that kernel is done.
+    tables that the sort wrote, are read at once, rows when that kernel is done. Rows of X come in parts of as many as a
+    box of x_desc has, and parts without any are left as they are: what they would cost in L2 traffic shows.
     """
     STAGES: gl.constexpr = x_bufs.shape[0]
-    BLOCK_X: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_X: gl.constexpr = x_bufs.shape[1]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    PART_ROWS: gl.constexpr = x_desc.block_type.shape[0]
+    PARTS: gl.constexpr = BLOCK_X // PART_ROWS
+    PART_BYTES: gl.constexpr = x_desc.block_type.nbytes
     HALF_W: gl.constexpr = w_desc.block_type.shape[0]
     X_SCALE_BYTES: gl.constexpr = 0 if x_scale_desc is None else x_scale_desc.block_type.nbytes
-    STAGE_BYTES: gl.constexpr = x_desc.block_type.nbytes + 2 * w_desc.block_type.nbytes + X_SCALE_BYTES
+    OTHER_BYTES: gl.constexpr = 2 * w_desc.block_type.nbytes + X_SCALE_BYTES
     AHEAD: gl.constexpr = min(STAGES, (DEPTH + BLOCK_K - 1) // BLOCK_K) if PDL else 0
     num_blocks = gl.load(num_blocks_ptr)
     first_tile = gl.program_id(0)
     if PDL:
         if first_tile < num_blocks * COLUMN_BLOCKS:
             row_block, column_block = _tile_of(first_tile, num_blocks, COLUMN_BLOCKS, GROUP)
-            w_row = gl.load(block_expert_ptr + row_block) * W_ROWS + column_block * SUBTILES * SUBTILE_COLUMNS
+            expert = gl.load(block_expert_ptr + row_block)
+            if block_row_ptr is None:
+                x_row = row_block * BLOCK_X
+            else:
+                x_row = gl.load(block_row_ptr + row_block)
+            parts = _parts_in_use(row_ends_ptr, expert, x_row, PARTS, PART_ROWS)
+            w_row = expert * W_ROWS + column_block * SUBTILES * SUBTILE_COLUMNS
             for ahead in gl.static_range(AHEAD):
                 bar = ready.index(ahead)
-                mbarrier.expect(bar, STAGE_BYTES)
+                _expect(bar, parts, PARTS, PART_BYTES, OTHER_BYTES, True)
                 w_buf = w_bufs.index(ahead)
                 k = ahead * BLOCK_K
                 tma.async_copy_global_to_shared(w_desc, [w_row, k], bar, w_buf.slice(0, HALF_W))
@@ -108,6 +140,7 @@ def _load_tiles(
             x_row = row_block * BLOCK_X
         else:
             x_row = gl.load(block_row_ptr + row_block)
+        parts = _parts_in_use(row_ends_ptr, expert, x_row, PARTS, PART_ROWS)
         for subtile in range(SUBTILES):
             w_row = expert * W_ROWS + (column_block * SUBTILES + subtile) * SUBTILE_COLUMNS
             for k in range(0, DEPTH, BLOCK_K):
@@ -117,11 +150,16 @@ def _load_tiles(
                 w_half0 = w_buf.slice(0, HALF_W)
                 w_half1 = w_buf.slice(HALF_W, HALF_W)
                 is_new = filled >= AHEAD
-                mbarrier.expect(bar, STAGE_BYTES, pred=is_new)
+                _expect(bar, parts, PARTS, PART_BYTES, OTHER_BYTES, is_new)
                 tma.async_copy_global_to_shared(w_desc, [w_row, k], bar, w_half0, pred=is_new)
                 tma.async_copy_global_to_shared(w_desc, [w_row + SECOND_HALF, k], bar, w_half1, pred=is_new)
                 filled += 1
-                tma.async_copy_global_to_shared(x_desc, [x_row, k], bar, x_bufs.index(stage))
+                x_buf = x_bufs.index(stage)
+                for part in gl.static_range(PARTS):
+                    part_buf = x_buf.slice(part * PART_ROWS, PART_ROWS)
+                    tma.async_copy_global_to_shared(
+                        x_desc, [x_row + part * PART_ROWS, k], bar, part_buf, pred=parts > part
+                    )
                 if x_scale_desc is not None:
                     scale_at = k // BLOCK_K * x_scale_stride + x_row
                     tma.async_copy_global_to_shared(x_scale_desc, [scale_at], bar, x_scale_bufs.index(stage))
@@ -482,13 +520,12 @@ def _multiply_tiles(
 @gluon.jit(do_not_specialize=["x_scale_stride", "out_scale_stride"])
 def hopper_gemm_kernel(
     x_desc, x_scale_desc, w_desc, out_desc, x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, static_scale_ptr,
-    block_expert_ptr, block_row_ptr, num_blocks_ptr, x_scale_stride, out_scale_stride,
-    W_ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
+    block_expert_ptr, block_row_ptr, row_ends_ptr, num_blocks_ptr, x_scale_stride, out_scale_stride,
+    BLOCK_X: gl.constexpr, W_ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr,
     X_SCALE: gl.constexpr, W_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
     ACTIVATION: gl.constexpr, SWIGLU_ALPHA: gl.constexpr, SWIGLU_LIMIT: gl.constexpr,
     SWAP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, num_warps: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_X: gl.constexpr = x_desc.block_type.shape[0]
     HALF_W: gl.constexpr = w_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     GATED: gl.constexpr = ACTIVATION is not None
@@ -506,7 +543,7 @@ def hopper_gemm_kernel(
         [3, 0], [num_warps, 1], [16, BLOCK_X if SWAP else HALF_W, MMA_DEPTH]
     )
 
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_X, BLOCK_K], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 2 * HALF_W, BLOCK_K], w_desc.layout)
     OUT_BUFS: gl.constexpr = 1 if SWAP else 2 * CONSUMERS
     out_bufs = gl.allocate_shared_memory(out_desc.dtype, [OUT_BUFS] + out_desc.block_type.shape, out_desc.layout)
@@ -543,7 +580,7 @@ def hopper_gemm_kernel(
                 )),
                 (_load_tiles, (
                     x_desc, x_scale_desc, w_desc, x_bufs, x_scale_bufs, w_bufs, ready, empty,
-                    block_expert_ptr, block_row_ptr, num_blocks_ptr, x_scale_stride,
+                    block_expert_ptr, block_row_ptr, row_ends_ptr, num_blocks_ptr, x_scale_stride,
                     W_ROWS, SECOND_HALF, SUBTILES, SUBTILE_COLUMNS, COLUMN_BLOCKS, DEPTH, GROUP, PDL,
                 )),
             ],
@@ -563,7 +600,7 @@ def hopper_gemm_kernel(
                 )),
                 (_load_tiles, (
                     x_desc, x_scale_desc, w_desc, x_bufs, x_scale_bufs, w_bufs, ready, empty,
-                    block_expert_ptr, block_row_ptr, num_blocks_ptr, x_scale_stride,
+                    block_expert_ptr, block_row_ptr, row_ends_ptr, num_blocks_ptr, x_scale_stride,
                     W_ROWS, SECOND_HALF, SUBTILES, SUBTILE_COLUMNS, COLUMN_BLOCKS, DEPTH, GROUP, PDL,
                 )),
             ],
@@ -577,12 +614,16 @@ class SlotBlocks:
     """Whose rows lie where, on the device.
 
     block_expert: int32 [blocks], the expert of each row block. num_blocks: int32 [1], how many are in use. block_row:
-    int32 [blocks], each block's first row, or None where block b starts at b * block_x.
+    int32 [blocks], each block's first row, or None where block b starts at b * block_x. row_ends: int32 [E], the row
+    past each expert's last one, so that what lies beyond is not loaded; None: not known. is_new: the launch before the
+    GEMM's writes them, so that they must not be read while it runs.
     """
 
     block_expert: torch.Tensor
     num_blocks: torch.Tensor
     block_row: torch.Tensor | None = None
+    row_ends: torch.Tensor | None = None
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -690,18 +731,20 @@ def _launches(
     subtiles = 128 // tile.half_w if gated and out_kind == "group" else 1
     tiles = blocks.block_expert.numel() * cdiv(columns, tile.half_w * (subtiles if gated else 2))
     # Where weights stream, the next ones may come while the kernel before ends; a full grid only pays for it.
-    pdl = dependent_launch() and not tile.wide
+    pdl = dependent_launch() and not tile.wide and not blocks.is_new
+    part_rows = tile.block_x if tile.wide or blocks.row_ends is None else min(tile.block_x, _PART_ROWS)
     launch = _launcher.launch(
         (min(tiles, num_programs),),
         (
-            _matrix(x, tile.block_x, block_k), x_scale_desc,
+            _matrix(x, part_rows, block_k), x_scale_desc,
             _matrix(w.view(num_experts * w_rows, depth), tile.half_w, block_k),
             _matrix(out, tile.out_rows, tile.out_columns),
             x_scale, w_scale, bias, out_scale, static_scale,
-            blocks.block_expert, blocks.block_row, blocks.num_blocks, x_stride, out_stride,
+            blocks.block_expert, blocks.block_row, None if part_rows == tile.block_x else blocks.row_ends,
+            blocks.num_blocks, x_stride, out_stride,
         ),
         (
-            w_rows, columns, depth, x_kind, w_kind, out_kind, *constants,
+            tile.block_x, w_rows, columns, depth, x_kind, w_kind, out_kind, *constants,
             not tile.wide, tile.stages(out.element_size(), x_scale_desc is not None), tile.group, tile.num_warps, pdl,
         ),
         num_warps=tile.num_warps,

@@ -105,6 +105,22 @@ def hopper_tiles(rows_per_expert: int, element_size: int) -> HopperTiles:
     return HopperTiles(gate_up, replace(gate_up, half_w=64))
 
 
+def batched_hopper_tiles(rows_per_expert: int, max_tokens: int, element_size: int) -> HopperTiles | None:
+    """Tiles for [experts, max_tokens, ...] rows, of which an expert is expected to have `rows_per_expert`, untuned.
+
+    Blocks divide `max_tokens`, since whole boxes are stored and one must not reach into the next expert's rows. None
+    where no block does.
+    """
+    tiles = hopper_tiles(min(rows_per_expert, max_tokens), element_size)
+    if max_tokens % tiles.block_x == 0:
+        return tiles
+    block_x = next((rows for rows in reversed(NARROW_ROWS) if max_tokens % rows == 0), None)
+    if block_x is None:
+        return None
+    narrow = hopper_tiles(min(block_x // 2, rows_per_expert), element_size)
+    return HopperTiles(replace(narrow.gate_up, block_x=block_x), replace(narrow.down, block_x=block_x))
+
+
 def hopper_verdict(config: MoEConfig, environment: Environment) -> Verdict:
     """Whether the Hopper kernels can run this layer on this machine; where not, the portable ones do."""
     sm = environment.sm

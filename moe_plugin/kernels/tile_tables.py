@@ -1,10 +1,7 @@
 """Measured tiles of the grouped GEMMs: JSON tables per device and layer shape, and the choice between them and the
 heuristic. Works without Triton.
 
-A table is `<folder>/<device>/<layer>.json`, as in `NVIDIA_H200/E256-K8-H7168-I2048-fp8_block.json`: experts of the
-whole layer, top-k, hidden size, intermediate size of a rank, and the dtype as LayerShape.of spells it. Folders: the one
-named by the environment variable MOE_PLUGIN_TILE_TABLES, where `moe-plugin tune --out` writes its results, then the
-package's own. Schema `moe_plugin.tiles/1`:
+Files and the choice of an entry are those of measured_tables. Schema `moe_plugin.tiles/1`:
 
     schema, device       the device as its driver names it
     layer                num_experts, top_k, hidden_size, intermediate_size, dtype
@@ -18,8 +15,8 @@ package's own. Schema `moe_plugin.tiles/1`:
         tiles            hopper: wide, block_x, gate_up {half_w, group}, down {half_w, group}
                          portable: gate_up and down, each the fields of BlockConfig
 
-A call of N rows takes the entry whose rows are nearest on a logarithmic scale, if they are within a factor of 2. Beyond
-twice the last entry that one holds on, unless the heuristic has larger blocks there. Otherwise the heuristic decides.
+The last entry holds on beyond twice its rows, unless the heuristic has larger blocks there. Where there is no entry the
+heuristic decides.
 
 Example, entries for 8 and 32 rows: 1 row -> heuristic, 4 and 15 -> entry 8, 17 and 64 -> entry 32, 65 -> entry 32 if
 the heuristic for 65 rows has no larger blocks.
@@ -28,26 +25,34 @@ the heuristic for 65 rows has no larger blocks.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
-import math
-import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from moe_plugin.config import MoEConfig
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels.hopper_tiling import NARROW_ROWS, WIDE_ROWS, HopperTile, HopperTiles, hopper_tiles
+from moe_plugin.kernels.measured_tables import (
+    MOST_REMEMBERED,
+    REACH,
+    LayerShape,
+    MeasuredTable,
+    Told,
+    ignore,
+    read_field,
+    read_record,
+    read_time,
+    tables_of_any_device,
+    tables_of_device,
+    tell_once,
+)
 from moe_plugin.kernels.tiling import (
     BlockConfig,
     block_config,
     cdiv,
     down_block_config,
-    next_power_of_2,
     shared_memory_bytes,
 )
 from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, has_static_activations, input_group_size
@@ -56,13 +61,8 @@ from moe_plugin.verdict import Gate, Verdict
 logger = logging.getLogger(__name__)
 
 SCHEMA = "moe_plugin.tiles/1"
-ENVIRONMENT_VARIABLE = "MOE_PLUGIN_TILE_TABLES"
 SHIPPED = Path(__file__).with_name("tables")
 HOPPER, PORTABLE = "hopper", "portable"
-REACH = 2
-"""An entry holds for calls of up to so many times more or fewer rows."""
-_MOST_REMEMBERED = 4096
-_DTYPE_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,39 +174,6 @@ def _gates_of_sizes(name: str, sizes: Iterable[int], allowed: Any) -> list[Gate]
     return [Gate(name, size in allowed, str(size), known) for size in sizes]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What a table is for. dtype: bf16, fp16, fp32 or the fp8 scheme, with `_static` for given activation scales and
-    the dtype of activations where that is not bf16."""
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    dtype: str
-
-    @classmethod
-    def of(cls, config: MoEConfig) -> LayerShape:
-        scheme, dtype = config.quantization, _DTYPE_NAMES[str(config.dtype)]
-        if scheme is not None:
-            static = "_static" if has_static_activations(scheme) else ""
-            dtype = scheme.name + static + ("" if dtype == "bf16" else f"_{dtype}")
-        return cls(config.num_experts, config.top_k, config.hidden_size, config.local_intermediate_size, dtype)
-
-    def __str__(self) -> str:
-        sizes = f"E{self.num_experts}-K{self.top_k}-H{self.hidden_size}-I{self.intermediate_size}"
-        return f"{sizes}-{self.dtype}"
-
-    @property
-    def file_name(self) -> str:
-        return f"{self}.json"
-
-
-def device_folder(device_name: str) -> str:
-    """The folder of a device: its name with anything but letters, digits, dots and hyphens as underscores."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """Tiles for a number of received rows. See the module's docstring."""
@@ -221,107 +188,45 @@ class Entry:
     def kernels(self) -> str:
         return kernels_of(self.tiles)
 
+    @property
+    def group(self) -> str:
+        return self.kernels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TileTable:
-    """The entries of one layer on one device, in the order of their rows."""
+class TileTable(MeasuredTable[Entry]):
+    """The entries of one layer on one device, by kernels, in the order of their rows."""
 
-    layer: LayerShape
-    device: str
-    triton: str
-    date: str
-    entries: tuple[Entry, ...] = ()
-
-    def with_entry(self, entry: Entry, date: str) -> TileTable:
-        """A table with `entry` in the place of one for the same rows and kernels, if there is any."""
-        kept = [e for e in self.entries if (e.rows, e.kernels) != (entry.rows, entry.kernels)]
-        ordered = sorted([*kept, entry], key=lambda e: (e.kernels, e.rows))
-        return dataclasses.replace(self, triton=entry.triton, date=date, entries=tuple(ordered))
-
-    def entry(self, kernels: str, rows: int) -> Entry | None:
-        """The entry of exactly these rows."""
-        return next((e for e in self.entries if (e.kernels, e.rows) == (kernels, rows)), None)
+    schema: ClassVar[str] = SCHEMA
+    kind: ClassVar[str] = "tile table"
+    instead: ClassVar[str] = "the heuristic"
 
     def nearest(self, kernels: str, num_rows: int, least_block: int = 0) -> Entry | None:
         """The entry for `num_rows` >= 1 rows, if there is one.
 
         least_block: rows that a block of an entry must have to hold beyond its reach.
         """
-        known = [e for e in self.entries if e.kernels == kernels]
-        if not known:
-            return None
-        found = min(known, key=lambda e: abs(math.log(e.rows / num_rows)))
-        if num_rows <= REACH * found.rows <= REACH * REACH * num_rows:
-            return found
-        return (
-            found
-            if num_rows > found.rows
-            and found.rows == max(e.rows for e in known)
-            and (block_rows(found.tiles) >= least_block)
-            else None
+        return self.nearest_entry(kernels, num_rows, lambda entry: block_rows(entry.tiles) >= least_block)
+
+    @staticmethod
+    def entry_to_data(entry: Entry) -> dict[str, Any]:
+        data: dict[str, Any] = {"rows": entry.rows, "kernels": entry.kernels, "microseconds": entry.microseconds}
+        data |= {"partial": True} if entry.partial else {}
+        return data | {"tiles": _tiles_to_data(entry.tiles)}
+
+    @staticmethod
+    def entry_from_data(data: Mapping[str, Any], versions: Mapping[str, str]) -> Entry:
+        where = f"entry {data['rows']}"
+        kernels, tiles = read_field(data, "kernels", str, where), read_field(data, "tiles", dict, where)
+        if kernels not in (HOPPER, PORTABLE):
+            raise ConfigError(f"{where}: kernels must be {HOPPER!r} or {PORTABLE!r}, got {kernels!r}")
+        return Entry(
+            rows=data["rows"],
+            tiles=_tiles_from_data(kernels, tiles, where),
+            microseconds=read_time(data, "microseconds", where),
+            partial=read_field(data, "partial", bool, where) if "partial" in data else False,
+            **versions,
         )
-
-    def to_json(self) -> str:
-        """The schema; one line per entry, so that two files can be compared by eye."""
-        head = {
-            "schema": SCHEMA,
-            "device": self.device,
-            "layer": dataclasses.asdict(self.layer),
-            "triton": self.triton,
-            "date": self.date,
-        }
-        lines = []
-        for entry in self.entries:
-            data: dict[str, Any] = {"rows": entry.rows, "kernels": entry.kernels, "microseconds": entry.microseconds}
-            data |= {} if entry.triton == self.triton else {"triton": entry.triton}
-            data |= {"partial": True} if entry.partial else {}
-            lines.append("    " + json.dumps(data | {"tiles": _tiles_to_data(entry.tiles)}))
-        text = json.dumps(head, indent=2).removesuffix("\n}")
-        entries = ",\n".join(lines)
-        return f'{text},\n  "entries": [\n{entries}\n  ]\n}}\n'
-
-    @classmethod
-    def from_json(cls, text: str) -> TileTable:
-        """The inverse of `to_json`. Raises ConfigError for what is not a table of this schema."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as problem:
-            raise ConfigError(f"not a tile table: {problem}") from problem
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise ConfigError(f"tile tables have schema {SCHEMA!r}, this file says {schema!r}")
-        triton = _field(data, "triton", str, "the table")
-        entries = [_entry_from_data(item, triton) for item in _field(data, "entries", list, "the table")]
-        names = [(entry.rows, entry.kernels) for entry in entries]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"there are two {twice[1]} entries for {twice[0]} rows")
-        layer = _field(data, "layer", dict, "the table")
-        return cls(
-            layer=_record(LayerShape, layer, "layer"),
-            device=_field(data, "device", str, "the table"),
-            triton=triton,
-            date=_field(data, "date", str, "the table"),
-            entries=tuple(sorted(entries, key=lambda e: (e.kernels, e.rows))),
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the file whole or not at all, its folder if need be."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: Path) -> TileTable:
-        """Raises ConfigError, naming the file, for one that cannot be read or is not the table its name says."""
-        try:
-            table = cls.from_json(path.read_text(encoding="utf-8"))
-            if table.layer.file_name != path.name:
-                raise ConfigError(f"the layer inside is {table.layer}")
-            return table
-        except (OSError, UnicodeDecodeError, ConfigError) as problem:
-            raise ConfigError(f"{path}: {problem}") from problem
 
 
 def _tiles_to_data(tiles: Tiles) -> dict[str, Any]:
@@ -335,92 +240,12 @@ def _tiles_to_data(tiles: Tiles) -> dict[str, Any]:
     }
 
 
-def _entry_from_data(data: Any, triton: str) -> Entry:
-    if not isinstance(data, dict):
-        raise ConfigError(f"an entry is an object, got {data!r}")
-    rows = _field(data, "rows", int, "an entry")
-    where = f"entry {rows}"
-    microseconds = _field(data, "microseconds", (int, float), where)
-    if rows < 1 or not 0 < microseconds < math.inf:
-        raise ConfigError(f"{where}: rows and microseconds must be positive, got {rows} and {microseconds}")
-    kernels, tiles = _field(data, "kernels", str, where), _field(data, "tiles", dict, where)
-    if kernels not in (HOPPER, PORTABLE):
-        raise ConfigError(f"{where}: kernels must be {HOPPER!r} or {PORTABLE!r}, got {kernels!r}")
-    parts = [_field(tiles, name, dict, where) for name in ("gate_up", "down")]
-    found: Tiles
-    if kernels == HOPPER:
-        common = {"wide": _field(tiles, "wide", bool, where), "block_x": _field(tiles, "block_x", int, where)}
-        found = HopperTiles(*(_record(HopperTile, common | part, where) for part in parts))
-    else:
-        found = PortableTiles(*(_record(BlockConfig, part, where) for part in parts))
-    return Entry(
-        rows=rows,
-        tiles=found,
-        microseconds=float(microseconds),
-        triton=_field(data, "triton", str, where) if "triton" in data else triton,
-        partial=_field(data, "partial", bool, where) if "partial" in data else False,
-    )
-
-
-def _field(data: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
-    value = data.get(name)
-    # A bool is an int to Python, and here it is not.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = kind.__name__ if isinstance(kind, type) else "number"
-        raise ConfigError(f"{where}: {name} must be of type {expected}, got {value!r}")
-    return value
-
-
-def _record(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    """A flat dataclass from its JSON object: all fields, of their types, and no others."""
-    kinds = {"int": int, "bool": bool, "str": str}
-    fields = {field.name: kinds[str(field.type)] for field in dataclasses.fields(cls)}
-    if unknown := data.keys() - fields.keys():
-        raise ConfigError(f"{where}: unknown {sorted(unknown)[0]!r}; known: {', '.join(fields)}")
-    return cls(**{name: _field(data, name, kind, where) for name, kind in fields.items()})
-
-
-def user_folder() -> Path | None:
-    """The folder that MOE_PLUGIN_TILE_TABLES names. Raises ConfigError when there is none of that name."""
-    given = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not given:
-        return None
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{ENVIRONMENT_VARIABLE} must name a folder of tile tables, there is no folder {folder}")
-    return folder
-
-
-@functools.lru_cache(maxsize=1024)
-def _load(path: Path, shipped: bool) -> TileTable | None:
-    """A table, None if there is no such file. A broken one of the user's is an error, a shipped one a warning."""
-    if not path.is_file():
-        return None
-    try:
-        return TileTable.load(path)
-    except ConfigError as problem:
-        if not shipped:
-            raise
-        logger.warning("tile table ignored, the heuristic takes its place: %s", problem)
-        return None
-
-
-@functools.lru_cache(maxsize=1024)
-def _of_any_device(folder: Path, layer: LayerShape, shipped: bool) -> tuple[TileTable, ...]:
-    tables = (_load(path, shipped) for path in sorted(folder.glob(f"*/{layer.file_name}")))
-    return tuple(table for table in tables if table is not None)
-
-
-def forget_tables() -> None:
-    """Read files again that have been read: `moe-plugin tune` writes what it later looks up."""
-    _load.cache_clear()
-    _of_any_device.cache_clear()
-
-
-def _folders() -> list[tuple[Path, bool]]:
-    """Where tables are looked for, the user's first: (folder, whether it is the package's)."""
-    user = user_folder()
-    return [(SHIPPED, True)] if user is None else [(user, False), (SHIPPED, True)]
+def _tiles_from_data(kernels: str, data: Mapping[str, Any], where: str) -> Tiles:
+    parts = [read_field(data, name, dict, where) for name in ("gate_up", "down")]
+    if kernels == PORTABLE:
+        return PortableTiles(*(read_record(BlockConfig, part, where) for part in parts))
+    common = {"wide": read_field(data, "wide", bool, where), "block_x": read_field(data, "block_x", int, where)}
+    return HopperTiles(*(read_record(HopperTile, common | part, where) for part in parts))
 
 
 def largest_calls(config: MoEConfig, num_rows: int) -> set[tuple[str, int, int]]:
@@ -434,15 +259,15 @@ def largest_calls(config: MoEConfig, num_rows: int) -> set[tuple[str, int, int]]
         (kernels, num_rows, block_rows(heuristic_tiles(kernels, config, num_rows, shared_memory_bytes(None))))
         for kernels in (HOPPER, PORTABLE)
     }
-    for folder, shipped in _folders():
-        for table in _of_any_device(folder, layer, shipped):
-            last = {kernels: max((e.rows for e in table.entries if e.kernels == kernels), default=0)
-                    for kernels in (HOPPER, PORTABLE)}  # fmt: skip
-            for entry in table.entries:
-                if entry.rows <= REACH * num_rows:
-                    ends = entry.rows < last[entry.kernels]
-                    largest = min(num_rows, REACH * entry.rows) if ends else num_rows
-                    found.add((entry.kernels, largest, block_rows(entry.tiles)))
+    for each in tables_of_any_device(TileTable, SHIPPED, layer):
+        entries = each.table.entries
+        last = {kernels: max((e.rows for e in entries if e.kernels == kernels), default=0)
+                for kernels in (HOPPER, PORTABLE)}  # fmt: skip
+        for entry in entries:
+            if entry.rows <= REACH * num_rows:
+                ends = entry.rows < last[entry.kernels]
+                largest = min(num_rows, REACH * entry.rows) if ends else num_rows
+                found.add((entry.kernels, largest, block_rows(entry.tiles)))
     return found
 
 
@@ -465,14 +290,11 @@ class TileLookup:
     def __init__(self, config: MoEConfig, device_name: str, shared_memory: int) -> None:
         self._config, self._shared_memory = config, shared_memory
         self._layer = LayerShape.of(config)
-        self._tables: list[tuple[str, TileTable]] = []
-        relative = Path(device_folder(device_name)) / self._layer.file_name
-        for folder, shipped in _folders():
-            table = _load(folder / relative, shipped)
-            if table is not None:
-                source = str(relative if shipped else folder / relative)
-                if self._is_legal(table, source, shipped):
-                    self._tables.append((source, table))
+        self._tables = [
+            (found.source, found.table)
+            for found in tables_of_device(TileTable, SHIPPED, device_name, self._layer)
+            if self._is_legal(found.table, found.source, found.shipped)
+        ]
         self._found: dict[tuple[str, int], Tiles] = {}
 
     def hopper(self, num_rows: int) -> HopperTiles:
@@ -512,7 +334,7 @@ class TileLookup:
         return choice.tiles
 
     def _remember(self, kernels: str, num_rows: int, tiles: Tiles) -> None:
-        if len(self._found) >= _MOST_REMEMBERED:
+        if len(self._found) >= MOST_REMEMBERED:
             self._found.clear()
         self._found[kernels, num_rows] = tiles
 
@@ -523,7 +345,7 @@ class TileLookup:
                 problem = f"{source}: entry {entry.rows} ({entry.kernels}) cannot run this layer: {verdict.reason}"
                 if not shipped:
                     raise ConfigError(problem)
-                logger.warning("tile table ignored, the heuristic takes its place: %s", problem)
+                ignore(TileTable, problem)
                 return False
         return True
 
@@ -542,15 +364,15 @@ class FixedTiles(TileLookup):
         return self._tiles
 
 
-_told: set[tuple[LayerShape, str, str, int]] = set()
+_told: Told = set()
 
 
 def _tell(layer: LayerShape, kernels: str, num_rows: int, choice: Choice) -> None:
     """One line per layer shape and entry, or power of two of rows where the heuristic decided."""
-    bucket = next_power_of_2(num_rows) if choice.entry is None else choice.entry.rows
-    key = (layer, kernels, choice.source, bucket)
-    if key in _told:
-        return
-    _told.add(key)
-    origin = "heuristic" if choice.entry is None else f"{choice.source}, entry for {choice.entry.rows} rows"
-    logger.info("tiles of %s for %d rows, %s kernels: %s", layer, num_rows, kernels, origin)
+    entry = choice.entry
+    origin = "heuristic" if entry is None else f"{choice.source}, entry for {entry.rows} rows"
+
+    def say() -> None:
+        logger.info("tiles of %s for %d rows, %s kernels: %s", layer, num_rows, kernels, origin)
+
+    tell_once(_told, say, layer, kernels, choice.source, num_rows if entry is None else entry.rows)

@@ -22,7 +22,9 @@ from tests.kernels.compile_launch import compile_launch
 hopper_gemm.dependent_launch = lambda: True
 
 
-def compile_hopper(gated: bool, tile: HopperTile, scheme: str | None, bias: bool = False) -> dict[str, Any]:
+def compile_hopper(
+    gated: bool, tile: HopperTile, scheme: str | None, bias: bool = False, in_parts: bool = False
+) -> dict[str, Any]:
     """{"instructions": which of its kinds are there, "stack": bytes per thread, "shared": bytes per program}
 
     scheme: None for bf16, "block", "token" or "static". H = 2880, I = 704.
@@ -34,7 +36,8 @@ def compile_hopper(gated: bool, tile: HopperTile, scheme: str | None, bias: bool
     x, w = torch.empty(slots, depth, dtype=dtype), torch.empty(1, w_rows, depth, dtype=dtype)
     out = torch.empty(slots, columns, dtype=dtype if gated else torch.bfloat16)
     biases = torch.empty(1, w_rows, dtype=torch.bfloat16) if bias else None
-    blocks = SlotBlocks(torch.zeros(2, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32))
+    row_ends = torch.full((1,), slots, dtype=torch.int32) if in_parts else None
+    blocks = SlotBlocks(torch.zeros(2, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32), None, row_ends)
     scales = None if scheme is None else _scales(gated, scheme, x, w_rows, columns)
     if gated:
         (launch,) = gate_up_activation_launches(x, w, biases, out, blocks, tile, config, 132, scales)
@@ -77,4 +80,6 @@ CASES: dict[str, tuple[Any, ...]] = {
     "gate_up narrow bf16": (True, HopperTile(False, 16, 128), None),
     "gate_up narrow fp8 token": (True, HopperTile(False, 8, 64), "token"),
     "down narrow fp8 block": (False, HopperTile(False, 64, 128), "block"),
+    "gate_up narrow bf16 in parts": (True, HopperTile(False, 64, 128), None, False, True),
+    "gate_up narrow fp8 block in parts": (True, HopperTile(False, 64, 128), "block", False, True),
 }

@@ -17,12 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_plugin.config import MoEConfig
+from moe_plugin.config import Activation, MoEConfig
 from moe_plugin.environment import Environment
-from moe_plugin.kernels import counting_sort, grouped_gemm, quantize_rows, row_sum
+from moe_plugin.kernels import counting_sort, grouped_gemm, masked_slots, quantize_rows, row_sum
+from moe_plugin.kernels.gated_activation import ContiguousRows, MaskedRows, gated_activation_launches
 from moe_plugin.kernels.hopper_tiling import hopper_verdict
 from moe_plugin.kernels.launcher import Launch
 from moe_plugin.kernels.tiling import counting_sort_shapes
+from moe_plugin.quantization import FP8_DTYPE
 from tests.kernels.compile_launch import compile_launch
 
 FP8, BF16, FP32, INT = "*fp8e4nv", "*bf16", "*fp32", "*i32"
@@ -62,25 +64,7 @@ GEMMS: dict[str, tuple[Any, dict[str, Any], int]] = {
         4,
     ),
 }  # fmt: skip
-QUANTIZATION: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "quantize_rows": (
-        quantize_rows._quantize_rows_kernel,
-        {"x_ptr": BF16, "out_ptr": FP8, "scales_ptr": FP32, "TOP_K": 1, "GROUPS": 1, "GROUP": 8192},
-        8,
-    ),
-    "permute_rows": (
-        quantize_rows._quantize_rows_kernel,
-        {"x_ptr": BF16, "out_ptr": FP8, "scales_ptr": FP32, "slot_of_pair_ptr": INT}
-        | {"TOP_K": 8, "GROUPS": 8, "GROUP": 128},
-        2,
-    ),
-}
 ROUTING: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "permute_rows copy": (
-        quantize_rows._quantize_rows_kernel,
-        {"x_ptr": BF16, "out_ptr": BF16, "slot_of_pair_ptr": INT, "TOP_K": 8, "GROUPS": 8, "GROUP": 128},
-        2,
-    ),
     "row_sum": (
         row_sum._row_sum_kernel,
         {"rows_ptr": BF16, "index_ptr": INT, "weights_ptr": FP32, "out_ptr": BF16, "TERMS": 8, "BLOCK_H": 1024},
@@ -89,8 +73,8 @@ ROUTING: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 CASES = {
     80: ROUTING | {name: case for name, case in GEMMS.items() if "bf16" in name} | {"down fp8": GEMMS["down fp8"]},
-    89: QUANTIZATION | {name: case for name, case in GEMMS.items() if "fp8" in name},
-    90: QUANTIZATION | ROUTING | GEMMS,
+    89: {name: case for name, case in GEMMS.items() if "fp8" in name},
+    90: ROUTING | GEMMS,
 }
 
 
@@ -101,9 +85,64 @@ def sort_launches() -> dict[str, Launch]:
         shapes = counting_sort_shapes(num_rows, 8, 256, 64)
         buffers = {name: torch.empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
         local_ids = torch.empty(num_rows, 8, dtype=torch.int32)
-        for index, launch in enumerate(counting_sort.counting_sort_launches(local_ids, 256, 64, **buffers)):
-            launches[f"sort of {num_rows} rows, launch {index}"] = launch
+        group_ends = torch.empty(256, dtype=torch.int32)
+        for words, ends in (("", None), (" and ends", group_ends)):
+            sort = counting_sort.counting_sort_launches(local_ids, 256, 64, **buffers, group_ends=ends)
+            launches |= {f"sort{words} of {num_rows} rows, launch {index}": each for index, each in enumerate(sort)}
     return launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A tensor that has no memory, for launches that are compiled and not made."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+X, SLOTS, COUNTS = empty(64, 2880, dtype=torch.bfloat16), empty(64, 8), empty(32)
+GATE_UP = empty(4096, 1408, dtype=torch.bfloat16)
+ROWS = {"contiguous": ContiguousRows(empty(32), COUNTS, 128), "masked": MaskedRows(COUNTS, 128)}
+
+
+def row_launches() -> dict[str, Launch]:
+    """{"name": what finds masked slots, copies rows and activates them}"""
+    found: dict[str, list[Launch]] = {}
+    for num_rows in (8, 64):
+        ids = SLOTS[:num_rows]
+        found[f"masked slots of {num_rows} rows"] = masked_slots.masked_slots_launches(
+            ids, 128, slot_of_pair=ids, expert_num_tokens=COUNTS
+        )
+    out, inner = empty(4096, 2880, dtype=torch.bfloat16), empty(4096, 704, dtype=torch.bfloat16)
+    found["permute_rows copy"] = quantize_rows.permute_rows_launches(X, SLOTS, out)
+    for activation in Activation:
+        for layout, rows in ROWS.items():
+            found[f"{activation.value} {layout}"] = gated_activation_launches(GATE_UP, inner, None, rows, activation)
+    return {name: launch for name, (launch,) in found.items()}
+
+
+def fp8_row_launches() -> dict[str, Launch]:
+    """{"name": what quantizes rows in any way}"""
+    batch = empty(32, 128, 2880, dtype=torch.bfloat16)
+    out, inner = empty(4096, 2880, dtype=FP8_DTYPE), empty(4096, 704, dtype=FP8_DTYPE)
+    one_scale = empty(64, 1, dtype=torch.float32)
+    found = {"quantize_rows whole": quantize_rows.quantize_rows_launches(X, out[:64], one_scale)}
+    for form, dtype, groups, inner_groups in (("fp32", torch.float32, 23, 6), ("ue8m0", torch.int32, 6, 2)):
+        scales, masked = empty(groups, 4096, dtype=dtype), empty(32, groups, 128, dtype=dtype)
+        inner_scales = {
+            "contiguous": empty(inner_groups, 4096, dtype=dtype),
+            "masked": empty(32, inner_groups, 128, dtype=dtype),
+        }
+        found |= {
+            f"quantize_rows {form}": quantize_rows.quantize_rows_launches(X, out[:64], scales[:, :64].T),
+            f"quantize_rows {form} masked": quantize_rows.quantize_rows_launches(
+                batch, out.view(batch.shape), masked.mT, expert_num_tokens=COUNTS
+            ),
+            f"permute_rows {form}": quantize_rows.permute_rows_launches(X, SLOTS, out, scales),
+            f"permute_rows {form} masked": quantize_rows.permute_rows_launches(X, SLOTS, out, masked),
+        }
+        for layout, rows in ROWS.items():
+            found[f"silu_and_mul {form} {layout}"] = gated_activation_launches(
+                GATE_UP, inner, inner_scales[layout], rows, Activation.SILU_AND_MUL
+            )
+    return {name: launch for name, (launch,) in found.items()}
 
 
 def outcome(compile_it: Callable[[], Any]) -> str:
@@ -137,14 +176,15 @@ def compile_for(sm: int, kernel: Any, parameters: dict[str, Any], num_warps: int
 
 
 if __name__ == "__main__":
+    launches = sort_launches() | row_launches()
     portable = {
         f"{name} {sm}": outcome(functools.partial(compile_for, sm, *case))
         for sm, cases in CASES.items()
         for name, case in cases.items()
     } | {
         f"{name} {sm}": outcome(functools.partial(compile_launch, launch, sm))
-        for sm in (80, 90)
-        for name, launch in sort_launches().items()
+        for sm, named in {80: launches, 89: fp8_row_launches(), 90: launches | fp8_row_launches()}.items()
+        for name, launch in named.items()
     }
     hopper = {}
     layer = MoEConfig(num_experts=1, top_k=1, hidden_size=64, intermediate_size=64)

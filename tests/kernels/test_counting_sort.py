@@ -17,6 +17,7 @@ UNWRITTEN = -7
 
 def run_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> dict[str, torch.Tensor]:
     shapes = counting_sort_shapes(*local_ids.shape, num_experts, block_m)
+    shapes["group_ends"] = (num_experts,)
     buffers = {name: torch.full(shape, UNWRITTEN, dtype=torch.int32, device=DEVICE) for name, shape in shapes.items()}
     counting_sort(local_ids, num_experts, block_m, **buffers)
     return buffers
@@ -40,6 +41,14 @@ def expected_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> tu
     return sorted_pairs, block_expert + [-1] * (num_blocks - len(block_expert)), counts
 
 
+def ends_of_groups(counts: list[int], block_m: int) -> list[int]:
+    ends, start = [], 0
+    for count in counts:
+        ends.append(start + count)
+        start += -(-count // block_m) * block_m
+    return ends
+
+
 def check_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> None:
     local_ids = local_ids.to(DEVICE)
     before = local_ids.clone()
@@ -52,6 +61,7 @@ def check_sort(local_ids: torch.Tensor, num_experts: int, block_m: int) -> None:
     assert buffers["expert_num_tokens"].tolist() == counts
     assert buffers["slot_of_pair"].flatten().tolist() == slot_of_pair
     assert buffers["num_blocks"].tolist() == [len(block_expert) - block_expert.count(-1)]
+    assert buffers["group_ends"].tolist() == ends_of_groups(counts, block_m)
     assert torch.equal(local_ids, before)
 
 
@@ -68,6 +78,7 @@ def test_docstring_example() -> None:
     assert buffers["slot_of_pair"].tolist() == [[2, 0], [3, -1], [4, 1]]
     assert buffers["expert_num_tokens"].tolist() == [2, 3]
     assert buffers["num_blocks"].tolist() == [3]
+    assert buffers["group_ends"].tolist() == [2, 5]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +105,11 @@ def test_many_chunks(most_unscanned: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("num_rows", [20, 600])
-def test_slots_without_the_sorted_pairs(num_rows: int) -> None:
+def test_slots_without_what_is_optional(num_rows: int) -> None:
     ids = random_ids(num_rows, 3, 5).to(DEVICE)
     buffers = run_sort(ids, 5, 16)
-    outputs = {name: torch.full_like(buffer, -7) for name, buffer in buffers.items() if name != "sorted_pairs"}
+    left_out = ("sorted_pairs", "group_ends")
+    outputs = {name: torch.full_like(buffer, -7) for name, buffer in buffers.items() if name not in left_out}
     counting_sort(ids, 5, 16, sorted_pairs=None, **outputs)
     for name in ("slot_of_pair", "block_expert", "expert_num_tokens", "num_blocks"):
         assert torch.equal(outputs[name], buffers[name]), name

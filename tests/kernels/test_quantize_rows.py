@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import moe_plugin.kernels.quantize_rows as quantize_rows_module
 import moe_plugin.quantization as definition
 from moe_plugin.errors import ShapeError
 from moe_plugin.kernels.quantize_rows import permute_rows, quantize_rows
@@ -133,6 +134,71 @@ def test_batched_experts_leave_padding_alone(group_size: int | None) -> None:
     assert (scales[~used] == CANARY).all()
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 4, 9999])
+def test_rows_in_use_are_shared_by_any_number_of_programs(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of one expert, of none and of all; slices of `out` longer than those of x."""
+    monkeypatch.setattr(quantize_rows_module, "_RESIDENT_WARPS", rows_at_once)
+    x = normal(4, 5, 160)
+    counts = torch.tensor([0, 5, 0, 2], dtype=torch.int32, device=DEVICE)
+    used = torch.arange(5, device=DEVICE) < counts[:, None]
+    x[~used] = torch.nan
+    out, scales = canaries(4, 8, 200, dtype=FP8_DTYPE), canaries(4, 2, 8)
+    quantize_rows(x, out[:, :, 24:184], scales.mT, expert_num_tokens=counts)
+    check_quantized((out[:, :5, 24:184][used], scales.mT[:, :5][used]), x[used], GROUP_SIZE)
+    empty = torch.ones(4, 8, dtype=torch.bool, device=DEVICE)
+    empty[:, :5] = ~used
+    assert (out[empty].float() == CANARY).all()
+    assert (scales.mT[empty] == CANARY).all()
+    assert (out[..., :24].float() == CANARY).all()
+    assert (out[..., 184:].float() == CANARY).all()
+
+
+@pytest.mark.parametrize("hidden_size", [40, 576, 1024, 1100])
+def test_ue8m0(hidden_size: int) -> None:
+    """Scales above, below and exactly at a power of two; rows packed side by side, and group by group."""
+    x = normal(6, hidden_size) * torch.tensor([[1.0], [1e-3], [300.0], [0.0], [1.0], [1.0]], device=DEVICE).bfloat16()
+    x[4:] = x[4:].clamp(-3, 3)
+    x[4, ::16], x[5, ::16] = 448 * 2**-5, 450 * 2**-5
+    expected, expected_scales = definition.quantize_rows(x, GROUP_SIZE, ue8m0=True)
+    packs = cdiv(cdiv(hidden_size, GROUP_SIZE), 4)
+    for scales in (canaries(6, packs, dtype=torch.int32), canaries(packs, 6, dtype=torch.int32).T):
+        out = canaries(6, hidden_size, dtype=FP8_DTYPE)
+        quantize_rows(x, out, scales)
+        assert torch.equal(out.float(), expected.float())
+        assert torch.equal(scales, definition.pack_ue8m0(expected_scales))
+    assert expected_scales[4, 0].item() == 2**-5
+    assert expected_scales[5, 0].item() == 2**-4
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's word on inf in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ue8m0_of_nan_and_inf(value: float) -> None:
+    x = normal(2, 300, dtype=torch.float32)
+    x[1, 130] = value
+    out, scales = canaries(2, 300, dtype=FP8_DTYPE), canaries(2, 1, dtype=torch.int32)
+    quantize_rows(x, out, scales)
+    assert (scales >> 8 & 0xFF).flatten().tolist()[1] == 255
+    product = definition.dequantize_rows(out, definition.unpack_ue8m0(scales, 3), GROUP_SIZE)
+    bad = torch.zeros(2, 300, dtype=torch.bool, device=DEVICE)
+    bad[1, 128:256] = True
+    assert torch.equal(product.isnan(), bad)
+
+
+def test_ue8m0_of_batched_experts() -> None:
+    x = normal(3, 4, 700)
+    counts = torch.tensor([2, 0, 4], dtype=torch.int32, device=DEVICE)
+    used = torch.arange(4, device=DEVICE) < counts[:, None]
+    x[~used] = torch.nan
+    out, scales = canaries(3, 4, 700, dtype=FP8_DTYPE), canaries(3, 2, 6, dtype=torch.int32)
+    quantize_rows(x, out, scales[..., :4].mT, expert_num_tokens=counts)
+    expected, expected_scales = definition.quantize_rows(x[used], GROUP_SIZE, ue8m0=True)
+    assert torch.equal(out[used].float(), expected.float())
+    assert torch.equal(scales[..., :4].mT[used], definition.pack_ue8m0(expected_scales))
+    assert (out[~used].float() == CANARY).all()
+    assert (scales[..., :4].mT[~used] == CANARY).all()
+    assert (scales[..., 4:] == CANARY).all()
+
+
 SLOTS = [[4, 0], [-1, 6], [-1, -1], [2, 3]]
 
 
@@ -170,6 +236,50 @@ def test_permuted_rows_equal_quantized_rows(hidden_size: int, group_size: int | 
     assert (scales[:, empty] == CANARY).all()
 
 
+@pytest.mark.parametrize("ue8m0", [False, True], ids=["fp32", "ue8m0"])
+@pytest.mark.parametrize("experts", [None, 4, 1])
+@pytest.mark.parametrize("hidden_size", [40, 576])
+def test_permuted_with_every_kind_of_group_scales(hidden_size: int, experts: int | None, ue8m0: bool) -> None:
+    """Contiguous, and masked with 2 or 8 slots per expert."""
+    x, slots, expected, filled = permuted_case(hidden_size, torch.bfloat16)
+    groups = cdiv(hidden_size, GROUP_SIZE)
+    shape = (cdiv(groups, 4) if ue8m0 else groups, 8 // (experts or 1))
+    scales = canaries(*([] if experts is None else [experts]), *shape, dtype=torch.int32 if ue8m0 else torch.float32)
+    out = canaries(8, hidden_size, dtype=FP8_DTYPE)
+    permute_rows(x, slots, out, scales)
+    expected_out, expected_scales = definition.quantize_rows(expected, GROUP_SIZE, ue8m0)
+    by_slot = scales.mT.reshape(8, -1)
+    assert torch.equal(out[filled].float(), expected_out.float())
+    assert torch.equal(by_slot[filled], definition.pack_ue8m0(expected_scales) if ue8m0 else expected_scales)
+    empty = [slot for slot in range(8) if slot not in filled]
+    assert (out[empty].float() == CANARY).all()
+    assert (by_slot[empty] == CANARY).all()
+
+
+def test_two_pairs_of_one_slot() -> None:
+    """As the masked layout has it for two k with one expert."""
+    x = normal(2, 200)
+    slots = torch.tensor([[3, 3], [1, -1]], dtype=torch.int32, device=DEVICE)
+    out, scales = canaries(4, 200, dtype=FP8_DTYPE), canaries(2, 2, 2)
+    permute_rows(x, slots, out, scales)
+    check_quantized((out[[3, 1]], scales.mT.reshape(4, 2)[[3, 1]]), x, GROUP_SIZE)
+    assert (out[[0, 2]].float() == CANARY).all()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Slot 4 of `out` and group 4 of the scales begin at element 2^31."""
+    try:
+        storage = torch.empty(2**31 + 2048, dtype=torch.float32, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("not enough memory")
+    x = normal(3, 640)
+    slots = torch.tensor([[4], [0], [1]], dtype=torch.int32, device=DEVICE)
+    out = storage.view(FP8_DTYPE).as_strided((5, 640), (2**29, 1))
+    scales = storage[1024:].as_strided((5, 5), (2**29, 1))
+    permute_rows(x, slots, out, scales)
+    check_quantized((out[[4, 0, 1]], scales.T[[4, 0, 1]]), x, GROUP_SIZE)
+
+
 def test_permuted_with_a_static_scale() -> None:
     x, slots, expected, filled = permuted_case(200, torch.bfloat16)
     out, scale = canaries(8, 200, dtype=FP8_DTYPE), torch.tensor([0.013], device=DEVICE)
@@ -190,8 +300,9 @@ def test_no_rows() -> None:
         assert out.numel() == scales.numel() == 0
 
 
-def test_large_calls_take_larger_blocks() -> None:
-    x = normal(1025, 200)
+def test_large_calls_take_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_rows_module, "_ENOUGH_PROGRAMS", 8)
+    x = normal(9, 1000)
     check_quantized(quantized(x, GROUP_SIZE), x, GROUP_SIZE)
 
 
@@ -199,6 +310,8 @@ def test_scales_that_do_not_fit_are_refused() -> None:
     x, out, one = normal(2, 300), canaries(2, 300, dtype=FP8_DTYPE), torch.ones(1, device=DEVICE)
     with pytest.raises(ShapeError, match="3"):
         quantize_rows(x, out, canaries(2, 2))
+    with pytest.raises(ShapeError, match="packed"):
+        quantize_rows(x, out, canaries(2, 3, dtype=torch.int32))
     with pytest.raises(ShapeError, match="either"):
         quantize_rows(x, out)
     with pytest.raises(ShapeError, match="either"):

@@ -16,20 +16,17 @@ from moe_plugin.config import Fp8Block, Fp8PerTensor, Fp8PerToken, MoEConfig, Pa
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels import tile_tables
 from moe_plugin.kernels.hopper_tiling import HopperTile, HopperTiles
+from moe_plugin.kernels.measured_tables import ENVIRONMENT_VARIABLE, LayerShape, device_folder, forget_tables
 from moe_plugin.kernels.tile_tables import (
-    ENVIRONMENT_VARIABLE,
     HOPPER,
     PORTABLE,
     SHIPPED,
     Entry,
     FixedTiles,
-    LayerShape,
     PortableTiles,
     TileLookup,
     Tiles,
     TileTable,
-    device_folder,
-    forget_tables,
     heuristic_tiles,
     largest_calls,
     legal,
@@ -230,7 +227,7 @@ BROKEN = {
         "rows must be of type int, got '8'",
     ),
     "rows that are true": (broken(lambda d: d["entries"][0].update(rows=True)), "rows must be of type int, got True"),
-    "no time": (broken(lambda d: d["entries"][0].update(microseconds=-1)), "must be positive, got 8 and -1"),
+    "no time": (broken(lambda d: d["entries"][0].update(microseconds=-1)), "microseconds must be positive, got -1"),
     "an infinite time": (broken(lambda d: d["entries"][0].update(microseconds=float("inf"))), "must be positive"),
     "other kernels": (broken(lambda d: d["entries"][0].update(kernels="x")), "'hopper' or 'portable', got 'x'"),
     "kernels of others": (
