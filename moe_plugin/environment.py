@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,11 +32,18 @@ _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One optional package. version is None when it is absent; problem says why an installed one is unusable."""
+    """One optional package.
+
+    version: None when it is absent. problem: why it cannot be used, and what would help.
+    features: what of it was found, where parts of it may be missing. module: where it was found, if not a matter of
+    course. Both are known only of packages with a probe of their own (`register_package_probe`).
+    """
 
     name: str
     version: str | None = None
     problem: str | None = None
+    features: frozenset[str] = frozenset()
+    module: str | None = None
 
     @property
     def usable(self) -> bool:
@@ -45,7 +52,21 @@ class Package:
     def describe(self) -> str:
         if self.version is None:
             return "not installed"
-        return f"{self.version}, unusable: {self.problem}" if self.problem else self.version
+        if self.problem:
+            return f"{self.version}, unusable: {self.problem}"
+        details = "; ".join(filter(None, (self.module, ", ".join(sorted(self.features)))))
+        return f"{self.version} ({details})" if details else self.version
+
+
+_probes: dict[str, Callable[[], Package]] = {}
+
+
+def register_package_probe(name: str, probe: Callable[[], Package]) -> None:
+    """Let `Environment.probe` ask `probe` about a package instead of looking whether it can be found.
+
+    `probe` may import the package, and never raises. A second probe of the same name takes the place of the first.
+    """
+    _probes[name] = probe
 
 
 def probe_package(name: str) -> Package:
@@ -98,7 +119,7 @@ class Environment:
         has_cuda = torch.cuda.is_available() and device_type != "cpu"
         common: dict[str, Any] = {
             "backends": _backends(),
-            "packages": {name: probe_package(name) for name in OPTIONAL_PACKAGES},
+            "packages": _probe_packages(),
             "triton_interpret": _TRITON_INTERPRET,
             "nvcc": shutil.which("nvcc", path=_nvcc_path()) is not None,
             "cuda_version": torch.version.cuda,
@@ -157,6 +178,11 @@ class Environment:
         """The device and torch in one line."""
         device = f"{self.device_name} (SM {self.sm})" if self.sm is not None else "CPU"
         return f"{device}, torch {self.torch_version}"
+
+
+def _probe_packages() -> dict[str, Package]:
+    names = dict.fromkeys((*OPTIONAL_PACKAGES, *_probes))
+    return {name: _probes[name]() if name in _probes else probe_package(name) for name in names}
 
 
 def _active_nvlinks(device: int) -> int | None:

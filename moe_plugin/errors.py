@@ -17,6 +17,7 @@ MoEPluginError
 ├── RegistrationError            a class that cannot be registered
 ├── MemoryLimitError             buffers larger than the device; carries the largest size that fits
 ├── MissingPackageError          an optional package is absent; carries the extra that brings it
+├── DeepGemmError                DeepGEMM is there and cannot do what is asked
 └── PeerLostError                a peer died or came too late; carries its rank and the phase
 
 An error that another rank met first has its message; what else an error carries stays on the rank that met it.
@@ -138,6 +139,10 @@ class MissingPackageError(MoEPluginError, ImportError):
     def __init__(self, package: str, extra: str, why: str) -> None:
         self.package, self.extra = package, extra
         super().__init__(f"{why} needs the package {package!r}: pip install 'moe-plugin[{extra}]'")
+
+
+class DeepGemmError(MoEPluginError, RuntimeError):
+    """DeepGEMM does not load, lacks a call, or was asked for what it cannot do."""
 
 
 class PeerLostError(MoEPluginError, RuntimeError):

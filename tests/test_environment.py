@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_plugin.environment import OPTIONAL_PACKAGES, Environment, Package, probe_package
+from moe_plugin.environment import OPTIONAL_PACKAGES, Environment, Package, probe_package, register_package_probe
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,10 @@ from moe_plugin.environment import OPTIONAL_PACKAGES, Environment, Package, prob
         (Package("x"), False, "not installed"),
         (Package("x", "1.2"), True, "1.2"),
         (Package("x", "1.2", "no nvcc"), False, "1.2, unusable: no nvcc"),
+        (Package("x", "1.2", "no nvcc", frozenset({"a"}), "y.x"), False, "1.2, unusable: no nvcc"),
+        (Package("x", "1.2", None, frozenset({"b", "a"}), "y.x"), True, "1.2 (y.x; a, b)"),
+        (Package("x", "1.2", None, frozenset({"b"})), True, "1.2 (b)"),
+        (Package("x", None, "get it"), False, "not installed"),
     ],
 )
 def test_package(package: Package, usable: bool, words: str) -> None:
@@ -61,6 +65,18 @@ def test_probe_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "moe_plugin_explosive.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert probe_package("moe_plugin_explosive").usable
+
+
+def test_a_registered_probe_is_asked_and_the_last_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_plugin.environment._probes", {})
+    register_package_probe("vllm", lambda: Package("vllm", "1"))
+    register_package_probe("vllm", lambda: Package("vllm", "2", features=frozenset({"fast"})))
+    register_package_probe("another_library", lambda: Package("another_library", "3"))
+    environment = Environment.probe("cpu")
+    assert environment.package("vllm") == Package("vllm", "2", features=frozenset({"fast"}))
+    assert environment.package("another_library").version == "3"
+    assert environment.package("triton") == probe_package("triton")
+    assert set(environment.packages) == {*OPTIONAL_PACKAGES, "another_library"}
 
 
 def test_cpu_probe() -> None:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from moe_plugin.cli.explain import MaxTokensOption, PresetOption, TpOption, WorldOption
 from moe_plugin.cli.launch import TracebackOption, clear_errors
+from moe_plugin.compat import deep_gemm
 from moe_plugin.config import ParallelConfig
-from moe_plugin.environment import Environment
+from moe_plugin.environment import Environment, Package
 from moe_plugin.presets import preset_config
 from moe_plugin.strategies.selector import explain
 
@@ -36,8 +37,9 @@ class Finding:
     fix: str = ""
 
 
-def examine(environment: Environment) -> list[Finding]:
-    """Everything strategies depend on, as `environment` has it."""
+def examine(environment: Environment, jit: deep_gemm.JitSettings | None = None) -> list[Finding]:
+    """Everything strategies depend on, as `environment` has it; jit: how DeepGEMM compiles, by default as it would."""
+    jit = jit or deep_gemm.jit_settings()
     cuda = environment.device_type == "cuda"
     no_gpu = "" if cuda else "a machine with an NVIDIA GPU and a CUDA build of torch; CPU runs everything, slowly"
     no_peers = no_gpu or "GPUs joined by NVLink on one host; `nvidia-smi topo -m` shows how these are connected"
@@ -61,18 +63,19 @@ def examine(environment: Environment) -> list[Finding]:
         Finding(
             "gloo", "gloo" in environment.backends, _having("gloo" in environment.backends), "a torch build with gloo"
         ),
-        Finding(
-            "nvcc",
-            environment.nvcc,
-            _having(environment.nvcc),
-            "CUDA toolkit on PATH or CUDA_HOME (DeepGEMM compiles with it)",
-        ),
+        Finding("DeepGEMM compiler", jit.problem is None, jit.compiler or "not found", deep_gemm.COMPILER_FIX),
+        Finding("DeepGEMM cache", True, str(jit.cache_folder)),
     ]
-    packages = [
-        (package, PACKAGE_FIXES.get(name, f"pip install {name}")) for name, package in environment.packages.items()
-    ]
-    findings += [Finding(package.name, package.usable, package.describe(), fix) for package, fix in packages]
+    findings += [_package(package) for package in environment.packages.values()]
     return [Finding(f.what, f.ok, f.seen, "" if f.ok else f.fix) for f in findings]
+
+
+def _package(package: Package) -> Finding:
+    if package.name == deep_gemm.PACKAGE and package.version and package.problem:
+        # Its probe knows what would help.
+        return Finding(package.name, False, f"{package.version}, unusable", package.problem)
+    fix = PACKAGE_FIXES.get(package.name, f"pip install {package.name}")
+    return Finding(package.name, package.usable, package.describe(), fix)
 
 
 def _having(found: bool) -> str:

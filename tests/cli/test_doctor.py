@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import moe_plugin
 from moe_plugin.cli import app
-from moe_plugin.cli.doctor import examine
+from moe_plugin.cli.doctor import Finding, examine
+from moe_plugin.compat.deep_gemm import JitSettings
 from moe_plugin.environment import OPTIONAL_PACKAGES, Environment, Package
 
 PACKAGES = {name: Package(name, "1.0") for name in OPTIONAL_PACKAGES}
@@ -26,26 +28,28 @@ COMPLETE = Environment(
     packages=PACKAGES,
     nvcc=True,
 )
+JIT = JitSettings(cache_folder=Path("kernels"), nvrtc=False, nvcc=Path("cuda/bin/nvcc"))
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "500"})
 
 
 def test_a_complete_machine_needs_no_fix() -> None:
-    findings = {finding.what: finding for finding in examine(COMPLETE)}
+    findings = {finding.what: finding for finding in examine(COMPLETE, JIT)}
     assert all(finding.ok and not finding.fix for finding in findings.values())
     assert findings["GPU"].seen == "8 x H200"
     assert findings["compute capability"].seen == "SM 90"
     assert findings["NVLink"].seen == "18 links"
-    assert {"torch", "nccl", "gloo", "nvcc", "peer access", *OPTIONAL_PACKAGES} <= findings.keys()
+    assert findings["DeepGEMM compiler"].seen == "cuda/bin/nvcc"
+    assert findings["DeepGEMM cache"].seen == "kernels"
+    assert {"torch", "nccl", "gloo", "peer access", *OPTIONAL_PACKAGES} <= findings.keys()
 
 
 @pytest.mark.parametrize(
     ("changes", "what", "fix"),
     [
         ({"torch_version": "2.7.0"}, "torch", "pip install 'torch>=2.8'"),
-        ({"nvcc": False}, "nvcc", "CUDA_HOME"),
         ({"backends": ("gloo",)}, "nccl", "CUDA build of torch"),
         ({"backends": ("nccl",)}, "gloo", "gloo"),
         ({"packages": PACKAGES | {"triton": Package("triton")}}, "triton", "pip install 'moe-plugin[triton]'"),
@@ -56,9 +60,33 @@ def test_a_complete_machine_needs_no_fix() -> None:
     ],
 )
 def test_what_is_missing_has_its_fix(changes: dict[str, object], what: str, fix: str) -> None:
-    wrong = [finding for finding in examine(COMPLETE.pretend(**changes)) if not finding.ok]
+    wrong = [finding for finding in examine(COMPLETE.pretend(**changes), JIT) if not finding.ok]
     assert [finding.what for finding in wrong] == [what]
     assert fix in wrong[0].fix
+
+
+def test_the_compiler_of_deep_gemm() -> None:
+    def finding(nvrtc: bool) -> Finding:
+        found = examine(COMPLETE, JitSettings(Path("kernels"), nvrtc, nvcc=None))
+        return next(f for f in found if f.what == "DeepGEMM compiler")
+
+    assert finding(nvrtc=True) == Finding("DeepGEMM compiler", True, "NVRTC")
+    without = finding(nvrtc=False)
+    assert (without.ok, without.seen) == (False, "not found")
+    assert "CUDA_HOME" in without.fix
+    assert "DG_JIT_USE_NVRTC=1" in without.fix
+
+
+def test_what_of_deep_gemm_was_found() -> None:
+    def finding(package: Package) -> Finding:
+        found = examine(COMPLETE.pretend(packages=PACKAGES | {"deep_gemm": package}), JIT)
+        return next(f for f in found if f.what == "deep_gemm")
+
+    features = frozenset({"fp8", "psum", "bf16"})
+    found = finding(Package("deep_gemm", "0.1.5", None, features, "deep_gemm"))
+    assert found == Finding("deep_gemm", True, "0.1.5 (deep_gemm; bf16, fp8, psum)")
+    broken = finding(Package("deep_gemm", "0.2.5", "built for another torch: get that one", features, "deep_gemm"))
+    assert broken == Finding("deep_gemm", False, "0.2.5, unusable", "built for another torch: get that one")
 
 
 def test_a_machine_without_a_gpu() -> None:
