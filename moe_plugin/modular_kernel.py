@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import abc
 import enum
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -94,6 +95,7 @@ class Dispatched:
     local_ids: int32 [N, K], slot of the expert on this rank, -1 where the row wants none of its own. Standard only.
     topk_weights: fp32 [N, K]; present exactly when Experts applies them.
     expert_num_tokens: int32 [local_experts] on the device; required for BatchedExperts, optional for Standard.
+    expert_num_tokens_host: the pairs of each local expert as numbers on the host, where the dispatcher has them anyway.
     scales: activation scales when the dispatcher quantized, else None.
     handle: for finalize.
     """
@@ -105,6 +107,7 @@ class Dispatched:
     local_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
     expert_num_tokens: torch.Tensor | None = None
+    expert_num_tokens_host: Sequence[int] | None = None
     scales: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -274,6 +277,10 @@ class StrategyPart(abc.ABC):
         """Bytes of workspace per buffer that a call of `max_tokens_per_rank` tokens takes, computed, not allocated."""
         return {}
 
+    def counters(self) -> Mapping[str, int]:
+        """How often calls have gone each way that the class has inside; a captured call counts once."""
+        return {}
+
 
 class PrepareAndFinalize(StrategyPart):
     """Takes tokens to the ranks that own their experts and brings the results back.
@@ -348,9 +355,16 @@ class PrepareAndFinalize(StrategyPart):
 
 
 class Experts(StrategyPart):
-    """The grouped GEMMs and the activation on whatever was dispatched."""
+    """The grouped GEMMs and the activation on whatever was dispatched.
+
+    activation_formats: what `apply` takes.
+    rounds_gate_up: the first GEMM's result may be rounded to config.dtype before the activation; see `reference_moe`.
+    size_multiple: H and I of all that it runs are multiples of this; the conformance kit makes its layers so.
+    """
 
     activation_formats: ClassVar[frozenset[ActivationFormat]] = frozenset({ActivationFormat.STANDARD})
+    rounds_gate_up: ClassVar[bool] = False
+    size_multiple: ClassVar[int] = 1
 
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
         self.config = config
@@ -376,6 +390,50 @@ class Experts(StrategyPart):
         output: memory of that shape and dtype, contiguous, where finalize would like the result, or None. A class that
             writes there returns `output` itself; one that ignores it returns memory of its own, which costs a copy.
         """
+
+    def warm_up_steps(self, arena: WorkspaceArena) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Calls that together compile the kernels of all calls up to `max_received_rows` rows: (what, call).
+
+        Standard format, with rows that are all zero: every number of rows up to 64, then in steps of 5%. No collective
+        is among them. Classes that compile more add to them.
+        """
+        if ActivationFormat.STANDARD not in self.activation_formats:
+            return
+        config, device = self.config, arena.device
+        most = config.max_received_rows
+        rows = torch.zeros(most, config.hidden_size, dtype=config.dtype, device=device)
+        pairs = torch.arange(most * config.top_k, dtype=torch.int32, device=device).view(most, config.top_k)
+        local_ids = pairs % max(config.num_local_experts, 1)
+        router_weights = None
+        if not config.apply_router_weight_on_input:
+            router_weights = torch.ones(most, config.top_k, device=device)
+
+        def call(num_rows: int) -> None:
+            workspace = arena.lease()
+            stage = RouterWeightStage.BEFORE_DISPATCH if router_weights is None else RouterWeightStage.EXPERTS_GATHER
+            dispatched = Dispatched(
+                activations=rows[:num_rows],
+                activation_format=ActivationFormat.STANDARD,
+                router_weight_stage=stage,
+                handle=DispatchHandle(None, num_rows, workspace),  # type: ignore[arg-type]
+                local_ids=local_ids[:num_rows],
+                topk_weights=None if router_weights is None else router_weights[:num_rows],
+            )
+            self.apply(dispatched, workspace.scoped(self.name))
+            workspace.release()
+
+        for num_rows in warm_up_rows(most):
+            yield f"{self.name}, {num_rows} rows", functools.partial(call, num_rows)
+
+
+def warm_up_rows(most: int) -> list[int]:
+    """1 to 64, then every 5%, and `most`, the largest first: workspaces are then made once, in their final size."""
+    found = set(range(1, min(most, 64) + 1)) | {most}
+    rows = 64.0
+    while rows < most:
+        found.add(int(rows))
+        rows *= 1.05
+    return sorted(found - {0}, reverse=True)
 
 
 class Monolithic(StrategyPart):
@@ -569,6 +627,10 @@ class MoELayer(abc.ABC):
     ) -> torch.Tensor:
         """The computation behind `__call__`."""
 
+    def counters(self) -> dict[str, int]:
+        """How often calls have gone each way that a class has inside, as "class.way"; a captured call counts once."""
+        return {}
+
     @abc.abstractmethod
     def check_errors(self) -> None:
         """Raise what calls since the last check flagged on the device (ids out of range, capacity overflow).
@@ -649,6 +711,9 @@ class ModularKernel(MoELayer):
         self._validate_combine(dispatched, out)
         return self.prepare_finalize.finalize_async(expert_output, dispatched.handle, out)
 
+    def counters(self) -> dict[str, int]:
+        return _counters_of(self.prepare_finalize, self.experts)
+
     def check_errors(self) -> None:
         self.prepare_finalize.check_errors()
 
@@ -699,8 +764,15 @@ class MonolithicKernel(MoELayer):
         result = self.monolithic.apply(hidden_states, topk_ids, topk_weights, max_num_tokens, out)
         return result if shared_experts is None else result.add_(shared_experts(hidden_states))
 
+    def counters(self) -> dict[str, int]:
+        return _counters_of(self.monolithic)
+
     def check_errors(self) -> None:
         self.monolithic.check_errors()
+
+
+def _counters_of(*parts: StrategyPart) -> dict[str, int]:
+    return {f"{part.name}.{way}": calls for part in parts for way, calls in part.counters().items()}
 
 
 _layers: weakref.WeakValueDictionary[int, MoELayer] = weakref.WeakValueDictionary()

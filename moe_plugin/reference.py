@@ -34,6 +34,7 @@ def reference_moe(
     w2_scale: torch.Tensor | None = None,
     a13_scale: torch.Tensor | None = None,
     a2_scale: torch.Tensor | None = None,
+    rounds_gate_up: bool = False,
 ) -> torch.Tensor:
     """What every strategy must compute, over all experts.
 
@@ -42,6 +43,8 @@ def reference_moe(
     quantization: w13 and w2 are fp8 with scales in a shape of moe_plugin.quantization; then the oracle computes in fp32
     on dequantized weights, and rows and intermediate are rounded to fp8 and back. a13_scale and a2_scale: static
     activation scales, scalar, [1] or [E]; the largest a13_scale serves all experts.
+    rounds_gate_up: round the first GEMM's result to the dtype of hidden_states, as experts do whose GEMMs come from a
+    library. In fp8 the difference is a percent of the output: what was near a tie is quantized to the other side.
     Returns fp32 [T, H], whatever the input dtypes. Raises ExpertIdError for an id outside [-1, E), ShapeError for
     scales that the scheme needs and were not given.
     """
@@ -67,6 +70,8 @@ def reference_moe(
             # Rows reach the quantization in the dtype in which they travel.
             rows = fake_quantize(rows.to(hidden_states.dtype), input_group_size(quantization), a13_scale)
         gate_up = rows @ w13[expert].float().T
+        if rounds_gate_up:
+            gate_up = gate_up.to(hidden_states.dtype).float()
         if w13_bias is not None:
             gate_up = gate_up + w13_bias[expert].float()
         rows = gated_activation(gate_up, Activation(activation), swiglu_alpha, swiglu_limit)

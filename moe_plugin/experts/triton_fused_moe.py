@@ -1,13 +1,13 @@
 """Triton grouped GEMMs with the activation, the biases and, for fp8, the quantization in their epilogues.
 
 Standard: counting sort of the (row, k) pairs, gate-up GEMM gathering its rows, down GEMM, and per row the sum over k of
-its slots, where router weights are applied. BatchedExperts: the same two GEMMs on the rows where they lie. For fp8 the
+its slots, where router weights are applied. BatchedExperts: the same two GEMMs on the rows where they lie, on Hopper
+over a list of the blocks that hold any. For fp8 the
 rows are quantized first, once each, unless the dispatcher already did. Nothing is read back by the host.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,8 +18,13 @@ import torch
 
 from moe_plugin.config import SUPPORTED_DTYPES, Fp8Block, Fp8PerToken, MoEConfig
 from moe_plugin.environment import Environment
-from moe_plugin.kernels.hopper_tiling import HopperTiles, hopper_verdict, weights_take_tma
-from moe_plugin.kernels.launch_sequence import LaunchSequence
+from moe_plugin.kernels.hopper_tiling import (
+    HopperTiles,
+    batched_hopper_tiles,
+    hopper_verdict,
+    weights_take_tma,
+)
+from moe_plugin.kernels.launch_sequence import LaunchSequence, one_object
 from moe_plugin.kernels.tile_tables import (
     HOPPER,
     PORTABLE,
@@ -70,14 +75,14 @@ class TritonFusedMoE(Experts):
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
         super().__init__(config, weights)
         device = weights.w13.device
-        self._shared_memory, self._num_sms = shared_memory_bytes(None), 0
+        self._shared_memory, self.num_sms = shared_memory_bytes(None), 0
         self._hopper = False
         device_name = device.type
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             self._shared_memory = shared_memory_bytes(10 * major + minor)
             properties = torch.cuda.get_device_properties(device)
-            self._num_sms, device_name = properties.multi_processor_count, properties.name
+            self.num_sms, device_name = properties.multi_processor_count, properties.name
             self._hopper = hopper_verdict(config, Environment.probe("cuda")).ok
             if self._hopper and not (weights_take_tma(weights.w13) and weights_take_tma(weights.w2)):
                 logger.warning(
@@ -87,11 +92,11 @@ class TritonFusedMoE(Experts):
         self.tiles = TileLookup(config, device_name, self._shared_memory)
         given = ((field.name, getattr(weights, field.name)) for field in fields(weights))
         present = [(name, tensor) for name, tensor in given if tensor is not None]
-        self._weight_tensors = [tensor for _, tensor in present]
+        self.weight_tensors = [tensor for _, tensor in present]
         # All that launches depend on besides tiles, the arguments of `apply` and where the weights lie.
         self._facts = (
             tuple(config.shared_fields().items()),
-            (config.num_local_experts, self._hopper, self._num_sms),
+            (config.num_local_experts, self._hopper, self.num_sms),
             tuple((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in present),
         )
         self._plans: dict[tuple[TileLookup, str, int], tuple[Tiles, object]] = {}
@@ -127,11 +132,7 @@ class TritonFusedMoE(Experts):
     @classmethod
     def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
         verdict = hopper_verdict(config, environment)
-        words = (
-            "hopper: TMA, wgmma, warp specialization (portable in BatchedExperts)"
-            if verdict.ok
-            else f"portable: {verdict.reason}"
-        )
+        words = "hopper: TMA, wgmma, warp specialization" if verdict.ok else f"portable: {verdict.reason}"
         return {"kernels": words}
 
     def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
@@ -166,9 +167,14 @@ class TritonFusedMoE(Experts):
         plan = self._plans.get((self.tiles, kernels, num_rows))
         if plan is None:
             lookups: dict[str, Callable[[int], Tiles]]
-            lookups = {HOPPER: self.tiles.hopper, PORTABLE: self.tiles.portable, _BATCHED: self.tiles.batched}
+            lookups = {
+                HOPPER: self.tiles.hopper,
+                PORTABLE: self.tiles.portable,
+                _BATCHED: self.tiles.batched,
+                _BATCHED_HOPPER: self._batched_tiles,
+            }
             tiles = lookups[kernels](num_rows)
-            plan = tiles, _one_object(kernels, tiles, self._facts)
+            plan = tiles, one_object(kernels, tiles, self._facts)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[self.tiles, kernels, num_rows] = plan
@@ -188,7 +194,7 @@ class TritonFusedMoE(Experts):
         """
         layouts = [None if each is None else (each.dtype, each.stride()) for each in tensors]
         sequence = workspace.cached((kind, shape, *layouts), LaunchSequence)
-        sequence([each for each in tensors if each is not None] + self._weight_tensors, launches)
+        sequence([each for each in tensors if each is not None] + self.weight_tensors, launches)
 
     def _standard_launches(
         self,
@@ -228,16 +234,19 @@ class TritonFusedMoE(Experts):
         from moe_plugin.kernels.quantize_rows import permute_rows_launches
         from moe_plugin.kernels.row_sum import row_sum_launches
 
-        config, weights, num_sms = self.config, self.weights, self._num_sms
+        config, weights, num_sms = self.config, self.weights, self.num_sms
         num_rows, top_k = local_ids.shape
         buffers = _tensors(workspace, hopper_buffers(config, num_rows, top_k, tiles.block_x))
         sort_buffers = {name: buffers[name] for name in counting_sort_shapes(0, 0, 0, 1)}
         slots, x, x_scale = buffers["slot_of_pair"], buffers["activations"], buffers.get("activation_scale")
-        blocks = hopper_gemm.SlotBlocks(buffers["block_expert"], buffers["num_blocks"])
+        row_ends = buffers["group_ends"]
+        blocks = hopper_gemm.SlotBlocks(buffers["block_expert"], buffers["num_blocks"], row_ends=row_ends)
         inner, slot_output = buffers["intermediate"], buffers["slot_output"]
-        gate_up, down = self._hopper_scales(x_scale, buffers.get("intermediate_scale"))
+        gate_up, down = self.hopper_scales(x_scale, buffers.get("intermediate_scale"))
         return [
-            *counting_sort_launches(local_ids, config.num_local_experts, tiles.block_x, **sort_buffers),
+            *counting_sort_launches(
+                local_ids, config.num_local_experts, tiles.block_x, **sort_buffers, group_ends=row_ends
+            ),
             *permute_rows_launches(dispatched.activations, slots, x, x_scale, static_scale=weights.a13_scale),
             *hopper_gemm.gate_up_activation_launches(
                 x, weights.w13, weights.w13_bias, inner, blocks, tiles.gate_up, config, num_sms, gate_up
@@ -248,9 +257,10 @@ class TritonFusedMoE(Experts):
             *row_sum_launches(slot_output, slots, dispatched.topk_weights, output),
         ]
 
-    def _hopper_scales(
+    def hopper_scales(
         self, x_scale: torch.Tensor | None, intermediate_scale: torch.Tensor | None
     ) -> tuple[Fp8Scales | None, Fp8Scales | None]:
+        """What both Hopper GEMMs take for fp8, given the scales of their rows in slot order; None in bf16."""
         from moe_plugin.kernels.hopper_gemm import Fp8Scales
 
         scheme, weights = self.config.quantization, self.weights
@@ -276,12 +286,16 @@ class TritonFusedMoE(Experts):
         shape = tuple(dispatched.activations.shape)
         if output is None:
             output = workspace.tensor("output", shape, config.dtype)
-        tiles, kind = self._plan(_BATCHED, shape[1])
+        if output.numel() == 0:
+            return output
+        on_hopper = self._hopper and dispatched.scales is None and _takes_tma(dispatched.activations, output)
+        tiles, kind = self._plan(_BATCHED_HOPPER if on_hopper else _BATCHED, shape[1])
 
         def launches() -> list[Launch]:
             from moe_plugin.kernels.grouped_gemm import BatchedRows
 
-            assert isinstance(tiles, PortableTiles)
+            if isinstance(tiles, HopperTiles):
+                return self._batched_hopper_launches(dispatched, expert_num_tokens, workspace, output, tiles)
             buffers = _tensors(workspace, _gemm_buffers(config, shape[:2], shape[:2]))
             rows = BatchedRows(expert_num_tokens, shape[1])
             return self._gemm_launches(dispatched, buffers, output, rows, tiles)
@@ -289,6 +303,68 @@ class TritonFusedMoE(Experts):
         tensors = (dispatched.activations, expert_num_tokens, dispatched.scales, output)
         self._run(kind, shape, tensors, workspace, launches)
         return output
+
+    def _batched_tiles(self, max_tokens: int) -> Tiles:
+        """For the Hopper kernels where a block of theirs fits, else for the portable ones."""
+        config = self.config
+        rows_per_expert = cdiv(max_tokens * config.top_k, config.num_experts)
+        tiles = batched_hopper_tiles(rows_per_expert, max_tokens, config.weight_dtype.itemsize)
+        return tiles or self.tiles.batched(max_tokens)
+
+    def _batched_hopper_launches(
+        self,
+        dispatched: Dispatched,
+        expert_num_tokens: torch.Tensor,
+        workspace: Workspace,
+        output: torch.Tensor,
+        tiles: HopperTiles,
+    ) -> list[Launch]:
+        from moe_plugin.kernels import hopper_gemm
+        from moe_plugin.kernels.batched_blocks import batched_blocks_launches
+        from moe_plugin.kernels.quantize_rows import quantize_rows_launches
+
+        config, weights, num_sms = self.config, self.weights, self.num_sms
+        experts, max_tokens, _ = dispatched.activations.shape
+        buffers = _tensors(workspace, batched_hopper_buffers(config, experts, max_tokens, tiles.block_x))
+        names = ("block_expert", "block_row", "row_ends", "num_blocks")
+        launches = batched_blocks_launches(
+            expert_num_tokens, max_tokens, tiles.block_x, **{name: buffers[name] for name in names}
+        )
+        x, x_scale = dispatched.activations, buffers.get("activation_scale")
+        if config.quantization is not None:
+            x = buffers["activations"]
+            # Group by group, each expert's rows one after the other.
+            scales = None if x_scale is None else x_scale.unflatten(1, (experts, max_tokens)).permute(1, 2, 0)
+            launches += quantize_rows_launches(
+                dispatched.activations,
+                x,
+                scales,
+                static_scale=weights.a13_scale,
+                expert_num_tokens=expert_num_tokens,
+            )
+        blocks = hopper_gemm.SlotBlocks(
+            buffers["block_expert"], buffers["num_blocks"], buffers["block_row"], buffers["row_ends"]
+        )
+        gate_up, down = self.hopper_scales(x_scale, buffers.get("intermediate_scale"))
+        inner = buffers["intermediate"]
+        new_blocks = replace(blocks, is_new=len(launches) == 1)
+        return [
+            *launches,
+            *hopper_gemm.gate_up_activation_launches(
+                x.flatten(0, 1),
+                weights.w13,
+                weights.w13_bias,
+                inner,
+                new_blocks,
+                tiles.gate_up,
+                config,
+                num_sms,
+                gate_up,
+            ),
+            *hopper_gemm.down_launches(
+                inner, weights.w2, weights.w2_bias, output.flatten(0, 1), blocks, tiles.down, num_sms, down
+            ),
+        ]
 
     def _gemm_launches(
         self,
@@ -355,14 +431,8 @@ class TritonFusedMoE(Experts):
         return buffers["activations"], static_scale if scales is None else scales, launches
 
 
-_BATCHED = "batched"
+_BATCHED, _BATCHED_HOPPER = "batched", "batched_hopper"
 _MAX_PLANS = 4096
-
-
-@functools.lru_cache(maxsize=_MAX_PLANS)
-def _one_object(*facts: Hashable) -> object:
-    """The same object for the same facts: a part of keys that is quick to hash, whatever the facts are."""
-    return object()
 
 
 def _gate_device(config: MoEConfig, environment: Environment) -> Gate:
@@ -395,6 +465,7 @@ def hopper_buffers(config: MoEConfig, num_rows: int, top_k: int, block_x: int) -
     (slots,) = sort_shapes["sorted_pairs"]
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         **{name: (shape, torch.int32) for name, shape in sort_shapes.items()},
+        "group_ends": ((config.num_local_experts,), torch.int32),
         "activations": ((slots, hidden), config.weight_dtype),
         "intermediate": ((slots, inner), config.weight_dtype),
         "slot_output": ((slots, hidden), config.dtype),
@@ -404,6 +475,24 @@ def hopper_buffers(config: MoEConfig, num_rows: int, top_k: int, block_x: int) -
         buffers["activation_scale"] = ((groups, slots), torch.float32)
         buffers["intermediate_scale"] = ((cdiv(inner, GROUP_SIZE), slots), torch.float32)
     return buffers
+
+
+def batched_hopper_buffers(config: MoEConfig, num_experts: int, max_tokens: int, block_x: int) -> Buffers:
+    """For BatchedExperts on Hopper: the list of blocks, and what `_gemm_buffers` has, with scales group by group."""
+    slots, blocks = num_experts * max_tokens, num_experts * cdiv(max_tokens, block_x)
+    rows = (num_experts, max_tokens)
+    buffers = dict(_gemm_buffers(config, rows, (slots,)))
+    for name in ("activation_scale", "intermediate_scale"):
+        if name in buffers:
+            groups = buffers[name][0][-1 if name == "activation_scale" else -2]
+            buffers[name] = (groups, slots), torch.float32
+    blocks_buffers = dict.fromkeys(("block_expert", "block_row"), ((blocks,), torch.int32))
+    return {**buffers, **blocks_buffers, "row_ends": ((num_experts,), torch.int32), "num_blocks": ((1,), torch.int32)}
+
+
+def _takes_tma(*tensors: torch.Tensor) -> bool:
+    """Whether [E, M, H] rows are one dense matrix whose boxes TMA can load and store."""
+    return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def standard_buffers(config: MoEConfig, num_rows: int, top_k: int, block_m: int | None = None) -> Buffers:

@@ -40,6 +40,10 @@ class PhasedLayer(MoELayer):
         layer = self.layer_of(max_num_tokens)
         return layer.forward(hidden_states, topk_ids, topk_weights, max_num_tokens, shared_experts, out)
 
+    def counters(self) -> dict[str, int]:
+        phases = (("decode", self.decode), ("prefill", self.prefill))
+        return {f"{phase}.{way}": calls for phase, layer in phases for way, calls in layer.counters().items()}
+
     def check_errors(self) -> None:
         self.decode.check_errors()
         self.prefill.check_errors()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
+from moe_plugin.experts.layout_tables import TRITON_FUSED_MOE, describe_rule, measured_gain
 from moe_plugin.verdict import Gate
 
 AutoGate = Callable[[MoEConfig, Environment], Gate]
@@ -33,13 +34,35 @@ def compiled_triton(config: MoEConfig, environment: Environment) -> Gate:
     return Gate("compiled kernels (auto only)", compiled, seen, "a CUDA device: the interpreter is for tests")
 
 
+def measured_faster(config: MoEConfig, environment: Environment) -> Gate:
+    """DeepGEMM's GEMMs are for `auto` where a table of the device and layer says that they win at some size."""
+    on_device = environment.device_type == "cuda"
+    return Gate(
+        "measured (auto only)",
+        on_device and measured_gain(config, environment.device_name),
+        describe_rule(config, environment.device_name) if on_device else environment.device_type,
+        f"a layout table of this device and layer that has more than {TRITON_FUSED_MOE}",
+        "moe-plugin tune makes one; an explicit request needs none",
+    )
+
+
 RANKING: tuple[RankedStrategy, ...] = (
+    RankedStrategy(
+        "local+deep_gemm_hybrid",
+        "every expert is on this rank, and DeepGEMM's GEMMs were measured to be faster; Triton where they are not",
+        auto_gate=measured_faster,
+    ),
     RankedStrategy(
         "local+triton_fused_moe",
         "every expert is on this rank: nothing travels, and the fused kernels never wait for the host",
         auto_gate=compiled_triton,
     ),
     RankedStrategy("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
+    RankedStrategy(
+        "nccl_all_to_all+deep_gemm_hybrid",
+        "experts are spread over ranks, and DeepGEMM's GEMMs were measured to be faster; Triton where they are not",
+        auto_gate=measured_faster,
+    ),
     RankedStrategy(
         "nccl_all_to_all+triton_fused_moe",
         "experts are spread over ranks: one packed all-to-all each way, fused kernels in between",

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 from moe_plugin.errors import RegistrationError
 from moe_plugin.modular_kernel import Experts, Monolithic, PrepareAndFinalize, StrategyPart
-from moe_plugin.strategies.names import ALIASES, AUTO, PHASES
+from moe_plugin.strategies.aliases import ALIASES
+from moe_plugin.strategies.names import AUTO, PHASES
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ register_monolithic = monolithic_classes.register
 
 
 def _register_builtin() -> None:
+    from moe_plugin.experts.deep_gemm_hybrid import DeepGemmHybrid
     from moe_plugin.experts.torch_native import TorchNative
     from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
     from moe_plugin.prepare_finalize.local import Local
@@ -88,7 +90,7 @@ def _register_builtin() -> None:
 
     for prepare_finalize in (Local, NcclAllToAll):
         register_prepare_finalize(prepare_finalize)
-    for experts in (TritonFusedMoE, TorchNative):
+    for experts in (DeepGemmHybrid, TritonFusedMoE, TorchNative):
         register_experts(experts)
 
 

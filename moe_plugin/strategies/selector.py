@@ -8,6 +8,7 @@ from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import NoStrategyError, StrategyUnsupportedError
 from moe_plugin.modular_kernel import Experts, PrepareAndFinalize, StrategyPart
+from moe_plugin.strategies.aliases import ALIASES
 from moe_plugin.strategies.gates import pair_verdict
 from moe_plugin.strategies.names import AUTO, PHASES, Request, parse_request
 from moe_plugin.strategies.ranking import RANKING, UNRANKED, RankedStrategy
@@ -73,8 +74,10 @@ def select(config: MoEConfig, strategy: str = AUTO, environment: Environment | N
                 f"no strategy can run this layer ({report.layer}) in {report.environment}. {refused}", report
             )
         if not entry.runs:
+            alias = parse_strategy(strategy).aliases.get(phase)
+            asked_as = f" (asked for as {alias!r})" if alias else ""
             raise StrategyUnsupportedError(
-                f"moe_strategy {entry.strategy!r} cannot run here: {entry.verdict.reason}. "
+                f"moe_strategy {entry.strategy!r}{asked_as} cannot run here: {entry.verdict.reason}. "
                 f"`moe-plugin explain` shows every strategy; `auto` picks one that runs.",
                 report,
             )
@@ -152,8 +155,19 @@ def _report(
     is_phased: bool,
 ) -> SelectionReport:
     wanted = {"decode": request.decode, "prefill": request.prefill}
+    for phase, alias in request.aliases.items():
+        asked = phase_config(config, phase) if is_phased else config
+        entries[phase] = tuple(
+            _under_alias(entry, alias, asked, environment) if entry.strategy == wanted[phase] else entry
+            for entry in entries[phase]
+        )
     chosen = {phase: _choose(wanted[phase], entries[phase]) for phase in PHASES}
     return SelectionReport(request.text, describe_layer(config), environment.describe(), chosen, entries, is_phased)
+
+
+def _under_alias(entry: Entry, alias: str, config: MoEConfig, environment: Environment) -> Entry:
+    verdict = ALIASES[alias].verdict(alias, entry.verdict, config, environment)
+    return replace(entry, verdict=verdict, details=entry.details if verdict.ok else {})
 
 
 def _choose(wanted: str, entries: tuple[Entry, ...]) -> str | None:

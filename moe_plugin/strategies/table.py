@@ -21,9 +21,11 @@ START, END = "<!-- strategy-table:start -->", "<!-- strategy-table:end -->"
 
 def strategy_table() -> str:
     """The registered strategies as a Markdown table, the same on every machine: what stands in the README."""
+    deep_gemm = Package("deep_gemm", "0.1.5", features=frozenset({"bf16", "fp8", "psum"}))
+    packages = {"triton": Package("triton", "3.6"), "deep_gemm": deep_gemm}
     machines = {
         "CPU": Environment(torch_version="2.11", backends=("gloo",)),
-        "GPU": Environment(torch_version="2.11", packages={"triton": Package("triton", "3.6")}).pretend(sm=90),
+        "GPU": Environment(torch_version="2.11", packages=packages, nvcc=True).pretend(sm=90),
     }
 
     def runs(strategy: str, machine: str, cuda_graph: bool = False) -> bool:

@@ -13,6 +13,7 @@ from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES, Tolerance
 from moe_plugin.quantization import FP8_MAX, dequantize_weights, has_static_activations, quantize_weights
 from moe_plugin.reference import reference_moe
 from moe_plugin.strategies.build import build
+from moe_plugin.strategies.selector import pair_classes
 from moe_plugin.testing.rank_pool import RankContext
 from moe_plugin.workspace import WorkspaceArena
 
@@ -157,10 +158,16 @@ class Case:
 
     def __post_init__(self) -> None:
         parallel = self.context.parallel(self.tp_size, self.timeout_seconds)
-        overrides = dict(self.overrides)
+        overrides = DEFAULTS | self.overrides
+        experts = pair_classes(self.strategy)[1] if "+" in self.strategy else None
+        self._rounds_gate_up = experts is not None and experts.rounds_gate_up
+        multiple = 1 if experts is None else experts.size_multiple
+        for name, unit in (("hidden_size", multiple), ("intermediate_size", multiple * self.tp_size)):
+            if multiple > 1 and overrides[name] % 16 == 0:  # odd sizes stay odd, and are refused or right
+                overrides[name] = -(-overrides[name] // unit) * unit
         placement = overrides.pop("placement", None)
         self.config = MoEConfig(
-            **(DEFAULTS | overrides),
+            **overrides,
             dtype=self.dtype,
             parallel=parallel,
             placement=placement(parallel.ep_size) if callable(placement) else placement,
@@ -185,15 +192,15 @@ class Case:
 
     def expected(self, inputs: Inputs) -> torch.Tensor:
         """The oracle's answer, fp32."""
-        return oracle(self.config, self.weights, inputs)
+        return oracle(self.config, self.weights, inputs, self._rounds_gate_up)
 
     def expected_unquantized(self, inputs: Inputs) -> torch.Tensor:
         """The oracle's answer on dequantized weights and activations as they are, fp32."""
         return oracle(replace(self.config, quantization=None), self.weights.dequantized(self.config), inputs)
 
 
-def oracle(config: MoEConfig, weights: Weights, inputs: Inputs) -> torch.Tensor:
-    """reference_moe of a whole layer."""
+def oracle(config: MoEConfig, weights: Weights, inputs: Inputs, rounds_gate_up: bool = False) -> torch.Tensor:
+    """reference_moe of a whole layer. rounds_gate_up counts in fp8 alone, where rounding twice shows."""
     return reference_moe(
         *inputs.as_tuple(),
         weights.w13,
@@ -209,6 +216,7 @@ def oracle(config: MoEConfig, weights: Weights, inputs: Inputs) -> torch.Tensor:
         w2_scale=weights.w2_scale,
         a13_scale=weights.a13_scale,
         a2_scale=weights.a2_scale,
+        rounds_gate_up=rounds_gate_up and config.quantization is not None,
     )
 
 

@@ -3,6 +3,9 @@
 What a gate refuses is skipped with the gate's reason. Where there is no GPU, Triton's interpreter would make the whole
 product take an hour: its strategies then run every row in bf16 on one and two ranks, and the rows named below in every
 dtype on every number of ranks. On GPUs everything runs. fp8 rows exist in bf16 alone.
+
+deep_gemm_hybrid computes in bf16 alone. Without a GPU it runs on the contract double of DeepGEMM, which has to agree
+with the package in tests/compat.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import moe_plugin
 from moe_plugin.testing import CHECKS
 from moe_plugin.testing.pytest_tests import DTYPES, MAX_RANKS, device_type_for, run_check
 from moe_plugin.verdict import dtype_name
+from tests.doubles import deep_gemm
 
 TOP_K_ROWS = [name for name in CHECKS if name.startswith("top_k_")]
 INTERPRETED_ROWS = [*TOP_K_ROWS, "no_tokens", "dropped_ids", "all_to_one_rank"]
@@ -34,6 +38,11 @@ ROWS_WITHOUT_DISPATCH = ["tensor_parallel", "fp8_tensor_parallel", "top_k_2"]
 def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
     """The rows of the matrix that one cell runs."""
     names = [name for name in CHECKS if dtype == torch.bfloat16 or not name.startswith("fp8_")]
+    if strategy.endswith("+deep_gemm_hybrid"):
+        if dtype != torch.bfloat16:
+            return ["top_k_2"]
+        if device_type_for(num_ranks) == "cpu" and (num_ranks > 1 or not strategy.startswith("local+")):
+            return INTERPRETED_ROWS if num_ranks in (1, 2) and not strategy.startswith("local+") else ["top_k_2"]
     if strategy.startswith("local+") and num_ranks > 1:
         return [name for name in names if name in ROWS_WITHOUT_DISPATCH]
     interpreted = strategy.endswith("+triton_fused_moe") and device_type_for(num_ranks) == "cpu"
@@ -57,4 +66,5 @@ def cells() -> Iterator[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "num_ranks", "dtype", "row"), list(cells()))
 def test_matrix(strategy: str, num_ranks: int, dtype: torch.dtype, row: str) -> None:
-    run_check(row, strategy, dtype, num_ranks)
+    on_double = strategy.endswith("+deep_gemm_hybrid") and device_type_for(num_ranks) == "cpu"
+    run_check(row, strategy, dtype, num_ranks, setup=deep_gemm.install if on_double else None)

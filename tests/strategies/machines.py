@@ -10,6 +10,10 @@ from moe_plugin.config import MoEConfig, ParallelConfig
 from moe_plugin.environment import Environment, Package
 
 TRITON = {"triton": Package("triton", "3.6.0")}
+DEEP_GEMM = Package("deep_gemm", "0.1.5", features=frozenset({"bf16", "fp8", "psum"}))
+MEASURED = "GPU with a layout table"
+"""Name of a device; conftest.py keeps a table for it and `layer_config()`, by which DeepGEMM wins at some sizes."""
+
 CPU = Environment(
     device_name="x86_64", memory_bytes=64 << 30, torch_version="2.9.0+cpu", backends=("gloo",), packages=TRITON
 )
@@ -17,8 +21,13 @@ INTERPRETER = CPU.pretend(triton_interpret=True)
 
 
 def gpu(sm: int, **changes: object) -> Environment:
-    """A machine with GPUs of that compute capability, NCCL and Triton, unless `changes` say otherwise."""
-    return CPU.pretend(sm=sm, **changes)
+    """A machine with GPUs of that compute capability, NCCL, Triton, DeepGEMM and nvcc, where `changes` say no other."""
+    return CPU.pretend(**({"sm": sm, "packages": TRITON | {"deep_gemm": DEEP_GEMM}, "nvcc": True} | changes))
+
+
+def deep_gemm_with(*features: str) -> dict[str, Package]:
+    """Packages with a DeepGEMM of which only these features were found."""
+    return TRITON | {"deep_gemm": Package("deep_gemm", "0.1.5", features=frozenset(features))}
 
 
 def layer_config(ep_size: int = 1, tp_size: int = 1, **changes: Any) -> MoEConfig:

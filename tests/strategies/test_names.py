@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_plugin.errors import UnknownStrategyError
-from moe_plugin.strategies.names import ALIASES, AUTO, Request, parse_request
-from moe_plugin.strategies.selector import parse_strategy, strategy_names
+from moe_plugin.strategies.names import AUTO, Request, parse_request
 
 KNOWN = ("local+loop", "nccl_all_to_all+loop", "nccl_all_to_all+triton_fused_moe")
 
@@ -21,14 +20,6 @@ def test_one_name_is_for_both_phases() -> None:
 
 def test_auto_is_not_resolved() -> None:
     assert parse_request(AUTO, KNOWN) == Request(AUTO, AUTO, AUTO)
-
-
-@pytest.mark.parametrize("alias", ALIASES)
-def test_aliases_name_strategies(alias: str) -> None:
-    assert ALIASES[alias] in strategy_names()
-    assert alias not in strategy_names()
-    assert parse_strategy(alias).decode == ALIASES[alias]
-    assert parse_strategy(f"prefill={alias}").prefill == ALIASES[alias]
 
 
 def test_an_alias_of_a_strategy_that_is_not_registered_is_unknown() -> None:
@@ -51,6 +42,7 @@ def test_phases(text: str, decode: str, prefill: str) -> None:
     request = parse_request(text, KNOWN)
     assert (request.decode, request.prefill) == (decode, prefill)
     assert request.is_phased
+    assert request.aliases == ({"decode": "nccl"} if "=nccl," in text else {})
 
 
 def test_the_same_name_for_both_phases_still_means_two_phases() -> None:
@@ -74,6 +66,7 @@ def test_malformed_phases_show_the_form(text: str) -> None:
         ("LOCAL+LOOP", None),
         ("atuo", "auto"),
         ("batched_tritn", "batched_triton"),
+        ("no_quant_dp_normal_deep_gemm", "no_quant_dp_normal_deepgemm"),
         ("decode=local+lop", "local+loop"),
         ("", None),
         ("zzzz", None),

@@ -143,7 +143,7 @@ def test_the_line_says_what_why_and_how_much() -> None:
     assert "\n" not in report.line()
 
 
-HOPPER = "hopper: TMA, wgmma, warp specialization (portable in BatchedExperts)"
+HOPPER = "hopper: TMA, wgmma, warp specialization"
 PORTABLE = "portable: sm: needs SM 90: wgmma exists nowhere else, saw SM 80"
 
 

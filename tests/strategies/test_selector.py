@@ -16,9 +16,11 @@ from moe_plugin.strategies.report import SelectionReport
 from moe_plugin.strategies.selector import explain, select, strategy_names
 from moe_plugin.verdict import Gate
 from tests.matrix.third_party import BatchedLocal, LoopExperts, OracleMonolith, register
-from tests.strategies.machines import CPU, INTERPRETER, gpu, layer_config
+from tests.strategies.machines import CPU, INTERPRETER, MEASURED, TRITON, gpu, layer_config
 
 BUILT_IN = [row.strategy for row in RANKING]
+# What `auto` takes on one rank: DeepGEMM where a table says so, then Triton, then torch.
+HYBRID, TRITON_PAIR, TORCH_PAIR = BUILT_IN[:3]
 
 
 def ranking(*rows: RankedStrategy) -> tuple[RankedStrategy, ...]:
@@ -108,9 +110,36 @@ def test_explain_reports_what_select_refuses() -> None:
 
 def test_auto_takes_the_first_row_that_runs() -> None:
     config = layer_config()
-    chosen = select(config, "auto", gpu(90)).chosen["decode"]
-    assert chosen == BUILT_IN[0]
-    assert select(config, "auto", gpu(90, packages={})).chosen["decode"] == BUILT_IN[1]
+    assert tuple(f"local+{experts}" for experts in ("deep_gemm_hybrid", "triton_fused_moe", "torch_native")) == (
+        HYBRID,
+        TRITON_PAIR,
+        TORCH_PAIR,
+    )
+    machines = {
+        HYBRID: gpu(90, device_name=MEASURED),
+        TRITON_PAIR: gpu(90, device_name=MEASURED, packages=TRITON),
+        TORCH_PAIR: gpu(90, device_name=MEASURED, packages={}),
+    }
+    assert {name: select(config, "auto", each).chosen["decode"] for name, each in machines.items()} == {
+        name: name for name in machines
+    }
+
+
+def test_auto_takes_deep_gemm_only_where_it_was_measured_to_win() -> None:
+    reports = (explain(layer_config(), "auto", gpu(90, device_name=name)) for name in (MEASURED, "NVIDIA H100"))
+    measured, other = ({entry.strategy: entry for entry in report.entries["decode"]} for report in reports)
+    for strategy in ("local+deep_gemm_hybrid", "nccl_all_to_all+deep_gemm_hybrid"):
+        assert measured[strategy].standing() == "available"
+        gate = measured[strategy].auto_gate
+        assert gate is not None
+        assert gate.name == "measured (auto only)"
+        assert gate.seen.endswith("contiguous above; measured at 2 numbers of rows")
+        assert other[strategy].standing() == "explicit only"
+        assert "not measured on NVIDIA H100" in other[strategy].why()
+        assert "needs a layout table of this device and layer" in other[strategy].why()
+    report = select(layer_config(), "auto", gpu(90, device_name="NVIDIA H100"))
+    assert report.chosen["decode"] == TRITON_PAIR
+    assert "not measured on NVIDIA H100" in report.text(width=400)
 
 
 def test_auto_follows_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +158,7 @@ def test_auto_never_takes_an_opt_in_strategy(monkeypatch: pytest.MonkeyPatch) ->
     )
     moe_plugin.register_experts(LoopExperts)
     report = select(layer_config(), "auto", gpu(90))
-    assert report.chosen["decode"] == BUILT_IN[0]
+    assert report.chosen["decode"] == TRITON_PAIR
     entry = report.entries["decode"][0]
     assert (entry.strategy, entry.rank) == ("local+loop", 1)
     assert (entry.standing(), entry.why()) == ("explicit only", "changes numerics")
@@ -179,6 +208,7 @@ def test_third_party_classes_stand_in_the_table() -> None:
         "local+loop",
         "nccl_all_to_all+loop",
         "batched_local+loop",
+        "batched_local+deep_gemm_hybrid",
         "batched_local+triton_fused_moe",
         "batched_local+torch_native",
         "oracle",
@@ -211,9 +241,8 @@ def test_router_weights_must_be_applied_where_the_format_wants_them(monkeypatch:
 
 def test_a_gate_of_auto_alone_shows_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate("moon (auto only)", False, "waning", "a full moon")
-    monkeypatch.setattr(
-        selector, "RANKING", (RankedStrategy(BUILT_IN[1], "calm", auto_gate=lambda *_: gate), *RANKING[2:])
-    )
+    rows = (RankedStrategy(TORCH_PAIR, "calm", auto_gate=lambda *_: gate), *RANKING[3:])
+    monkeypatch.setattr(selector, "RANKING", rows)
     report = explain(layer_config(), "auto", CPU)
     assert report.chosen["decode"] == "nccl_all_to_all+torch_native"
     entry = report.entries["decode"][0]
