@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import moe_plugin
+from moe_plugin.bench.batched import PREFIX, BatchedContender
 from moe_plugin.bench.contenders import (
     Accuracy,
     Contender,
@@ -114,7 +115,7 @@ class Sweep:
         for name in self.peers:
             peer(name)
         for strategy in self.strategies:
-            StrategyContender(strategy)
+            strategy_contender(strategy)
 
     @property
     def settings(self) -> Settings:
@@ -150,15 +151,24 @@ class Sweep:
         return len(self.layers) * len(self.dtypes) * len(self.tokens)
 
 
-def layer_config(layer: str, dtype: str) -> MoEConfig:
-    """The configuration of a preset or of `E,K,H,I` in a dtype of DTYPES. Raises ConfigError."""
+def strategy_contender(name: str) -> Contender:
+    """A strategy as users call it, or `batched+<experts>`. Raises UnknownStrategyError or ConfigError."""
+    return BatchedContender(name) if name.startswith(PREFIX) else StrategyContender(name)
+
+
+def layer_config(layer: str, dtype: str, **overrides: Any) -> MoEConfig:
+    """The configuration of a preset or of `E,K,H,I` in a dtype of DTYPES; overrides: other MoEConfig arguments.
+
+    Raises ConfigError.
+    """
+    fields = DTYPES[dtype] | overrides
     if "," not in layer:
-        return preset_config(layer, **DTYPES[dtype])
+        return preset_config(layer, **fields)
     try:
         experts, top_k, hidden, inner = map(int, layer.split(","))
     except ValueError as problem:
         raise ConfigError(f"a layer is four numbers E,K,H,I, got {layer!r}") from problem
-    return MoEConfig(num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, **DTYPES[dtype])
+    return MoEConfig(num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, **fields)
 
 
 @dataclass(slots=True)
@@ -227,7 +237,7 @@ def run_sweep(sweep: Sweep, report: Report) -> Run:
     """
     device = torch.device(sweep.device)
     stopwatch = Stopwatch(device)
-    contenders: list[Contender] = [*map(StrategyContender, sweep.strategies), *map(peer, sweep.peers)]
+    contenders: list[Contender] = [*map(strategy_contender, sweep.strategies), *map(peer, sweep.peers)]
     run = Run(
         command=sweep.command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

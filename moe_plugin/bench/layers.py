@@ -14,9 +14,9 @@ from moe_plugin.errors import ConfigError
 from moe_plugin.quantization import dequantize_weights, quantize_weights
 from moe_plugin.reference import reference_moe
 
-SKEWS = ("uniform", "zipf", "one-expert")
+SKEWS = ("uniform", "zipf", "one-expert", "balanced")
 """How tokens choose their K distinct experts: all alike; the expert of rank r (a random order) with probability
-proportional to 1 / r; or expert 0 first for every token and the others alike."""
+proportional to 1 / r; expert 0 first for every token and the others alike; or in turn, so that all get as many."""
 
 SAMPLED_TOKENS = 32
 """Tokens of a call that are compared with the oracle, spread evenly from the first to the last."""
@@ -106,8 +106,8 @@ class Inputs:
     hidden_states: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-    expected: dict[bool, torch.Tensor] = field(default_factory=dict, compare=False)
-    """What the sampled tokens must give, by whether activations are quantized; filled by `oracle_of_sample`."""
+    expected: dict[tuple[bool, bool], torch.Tensor] = field(default_factory=dict, compare=False)
+    """What the sampled tokens must give, by the last two arguments of `oracle_of_sample`, which fills it."""
 
     @classmethod
     def random(cls, config: MoEConfig, tokens: int, skew: str, device: torch.device, seed: int) -> Inputs:
@@ -132,6 +132,9 @@ def choose_experts(skew: str, tokens: int, num_experts: int, top_k: int, generat
     if skew not in SKEWS:
         raise ConfigError(f"unknown skew {skew!r}; known: {', '.join(SKEWS)}")
     device = generator.device
+    if skew == "balanced":
+        pairs = torch.arange(tokens * top_k, device=device).view(tokens, top_k)
+        return (pairs % num_experts).to(torch.int32)
     # The largest of log-probability plus Gumbel noise are a sample without replacement.
     uniform = torch.rand(tokens, num_experts, generator=generator, device=device).clamp_(1e-9, 1 - 1e-7)
     scores = -torch.log(-torch.log(uniform))
@@ -143,11 +146,13 @@ def choose_experts(skew: str, tokens: int, num_experts: int, top_k: int, generat
     return scores.topk(top_k, dim=-1).indices.to(torch.int32)
 
 
-def oracle(layer: Layer, inputs: Inputs, rows: torch.Tensor, quantized_activations: bool) -> torch.Tensor:
+def oracle(
+    layer: Layer, inputs: Inputs, rows: torch.Tensor, quantized_activations: bool, rounds_gate_up: bool = False
+) -> torch.Tensor:
     """fp32 [len(rows), H]: what these tokens must give, expert by expert hit, on the device of the inputs.
 
     quantized_activations: with fp8 weights, quantize activations as moe_plugin.quantization defines it; else the
-    weights count as what they dequantize to and activations stay as they are.
+    weights count as what they dequantize to and activations stay as they are. rounds_gate_up: see `reference_moe`.
     """
     config = layer.config
     x, ids, router_weights = inputs.hidden_states[rows], inputs.topk_ids[rows], inputs.topk_weights[rows]
@@ -156,6 +161,7 @@ def oracle(layer: Layer, inputs: Inputs, rows: torch.Tensor, quantized_activatio
         "activation": config.activation,
         "swiglu_alpha": config.swiglu_alpha,
         "swiglu_limit": config.swiglu_limit,
+        "rounds_gate_up": rounds_gate_up,
     }
     for expert in ids.unique().tolist():
         tensors = layer.expert(expert)
@@ -171,11 +177,24 @@ def oracle(layer: Layer, inputs: Inputs, rows: torch.Tensor, quantized_activatio
     return out
 
 
-def oracle_of_sample(layer: Layer, inputs: Inputs, quantized_activations: bool) -> torch.Tensor:
+def oracle_of_sample(
+    layer: Layer, inputs: Inputs, quantized_activations: bool, rounds_gate_up: bool = False
+) -> torch.Tensor:
     """The oracle on `inputs.sample()`, computed once per call and kind: contenders share it."""
-    if quantized_activations not in inputs.expected:
-        inputs.expected[quantized_activations] = oracle(layer, inputs, inputs.sample(), quantized_activations)
-    return inputs.expected[quantized_activations]
+    kind = quantized_activations, rounds_gate_up
+    if kind not in inputs.expected:
+        inputs.expected[kind] = oracle(layer, inputs, inputs.sample(), *kind)
+    return inputs.expected[kind]
+
+
+def right_answers(layer: Layer, inputs: Inputs, rounds_gate_up: bool) -> list[torch.Tensor]:
+    """What experts of this package may give for the sample.
+
+    rounds_gate_up: they may round the first GEMM's result, or not, as they choose by the number of rows.
+    """
+    fp8 = layer.config.quantization is not None
+    kinds = (False, True) if fp8 and rounds_gate_up else (False,)
+    return [oracle_of_sample(layer, inputs, fp8, rounds) for rounds in kinds]
 
 
 def flops(config: MoEConfig, tokens: int) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -24,33 +23,30 @@ from typing import Any, TypeAlias
 
 import torch
 
-from moe_plugin.bench.contenders import Accuracy
-from moe_plugin.bench.experts import DeviceLostError, Sweep, describe, layer_config
-from moe_plugin.bench.layers import Inputs, Layer, oracle_of_sample
-from moe_plugin.bench.timing import Stopwatch, summarize
+from moe_plugin.bench.experts import DeviceLostError, Sweep, layer_config
+from moe_plugin.bench.layers import Inputs, Layer, right_answers
+from moe_plugin.bench.timing import Stopwatch
+from moe_plugin.bench.trials import Trials
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
 from moe_plugin.kernels.hopper_tiling import NARROW_ROWS, WIDE_ROWS, HopperTile, HopperTiles, hopper_verdict
+from moe_plugin.kernels.measured_tables import LayerShape, device_folder, forget_tables
 from moe_plugin.kernels.tile_tables import (
     HOPPER,
     PORTABLE,
     Entry,
     FixedTiles,
-    LayerShape,
     PortableTiles,
     TileLookup,
     Tiles,
     TileTable,
-    device_folder,
-    forget_tables,
     heuristic_tiles,
     legal,
 )
 from moe_plugin.kernels.tiling import block_config, cdiv, down_block_config, shared_memory_bytes
 from moe_plugin.modular_kernel import ExpertWeights, ModularKernel
-from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES
 from moe_plugin.prepare_finalize.local import Local
 from moe_plugin.workspace import WorkspaceArena
 
@@ -202,18 +198,25 @@ class Search:
     budget: float
     step: Step
     times: dict[Tiles, float | None] = field(default_factory=dict)
-    failed: int = 0
-    wrong: int = 0
     heuristic: float | None = None
     before: float | None = None
-    _spent: float = 0.0
+    trials: Trials = field(init=False)
+
+    def __post_init__(self) -> None:
+        layer, inputs = self.layer, self.inputs
+        self.trials = Trials(
+            self.stopwatch,
+            self.place.config,
+            sample=lambda output: output[inputs.sample()],
+            answers=lambda: right_answers(layer, inputs, rounds_gate_up=False),
+        )
 
     def run(self, before: Tiles | None) -> Entry | None:
         """The entry for these rows; None when no candidate ran and was right. before: tiles that a table has now."""
         place, rows = self.place, self.inputs.tokens
         plan = plan_for(place.kernels, place.config, rows, place.shared_memory, self.stopwatch.is_cuda)
         untuned = heuristic_tiles(place.kernels, place.config, rows, place.shared_memory)
-        self._expected()  # computed once, and outside of the time for candidates
+        self.trials.answers()  # computed once, and outside of the time for candidates
         known = [untuned, *([before] if before is not None and self._is_legal(before) else [])]
         for candidate in known:
             self._measure(candidate, always=True)
@@ -240,8 +243,8 @@ class Search:
             heuristic=self.heuristic,
             before=self.before,
             tried=len(self.times),
-            failed=self.failed,
-            wrong=self.wrong,
+            failed=self.trials.failed,
+            wrong=self.trials.wrong,
         )
 
     def _entry(self, times: dict[Tiles, float]) -> Entry | None:
@@ -272,57 +275,24 @@ class Search:
 
     def _measure(self, tiles: Tiles, always: bool = False) -> float | None:
         """Microseconds; None for tiles that are out or, unless `always`, for which no time is left."""
-        if tiles in self.times or (not always and self._spent > SEARCH_SHARE * self.budget):
+        if tiles in self.times or (not always and self.trials.spent > SEARCH_SHARE * self.budget):
             return self.times.get(tiles)
-        call = self._right_call(tiles)
+        call = self.trials.right_call(tiles, lambda: self._bind(tiles))
         self.times[tiles] = None
         if call is not None:
-            begin = time.perf_counter()
-            (result,) = self._take_turns([call], min(MOST_SECONDS, self.budget / LEAST_CANDIDATES))
-            self._spent += time.perf_counter() - begin
-            self.times[tiles] = result
-            self.failed += result is None
+            (self.times[tiles],) = self.trials.take_turns([call], min(MOST_SECONDS, self.budget / LEAST_CANDIDATES))
         self.step(self)
         return self.times[tiles]
 
     def _compare(self, candidates: Iterable[Tiles]) -> dict[Tiles, float]:
         """Candidates that have run, timed in turn, so that all see the same clock rates."""
-        calls = {tiles: call for tiles in candidates if (call := self._right_call(tiles)) is not None}
-        results = self._take_turns(list(calls.values()), (1 - SEARCH_SHARE) * self.budget / max(len(calls), 1))
+        calls = {
+            tiles: call
+            for tiles in candidates
+            if (call := self.trials.right_call(tiles, functools.partial(self._bind, tiles))) is not None
+        }
+        results = self.trials.take_turns(list(calls.values()), (1 - SEARCH_SHARE) * self.budget / max(len(calls), 1))
         return {tiles: result for tiles, result in zip(calls, results, strict=True) if result is not None}
-
-    def _take_turns(self, calls: Sequence[Callable[[], Any]], seconds: float) -> list[float | None]:
-        """Median microseconds of each call, None for one that raised."""
-        try:
-            found = self.stopwatch.take_turns(calls, seconds, from_idle=False)
-        except RuntimeError:
-            self._check_device()
-            raise
-        return [summarize(samples.times).median if samples.problem is None else None for samples in found]
-
-    def _right_call(self, tiles: Tiles) -> Callable[[], Any] | None:
-        """A call in these tiles whose result is right, on a GPU as a captured graph; None if they are out."""
-        try:
-            eager = self._bind(tiles)
-            output = self.stopwatch.warm_up(eager)
-            begin = time.perf_counter()  # compiling, done by now, is not counted
-            call: Callable[[], Any] = eager
-            problem = self._problem(output)
-            if problem is None and self.stopwatch.is_cuda:
-                replay, output = self.stopwatch.capture(eager)
-                call = functools.partial(_replay, replay, eager)
-                problem = self._problem(output)
-            self._spent += time.perf_counter() - begin
-        except Exception as error:  # whatever a candidate raises takes it out, and only it
-            self.failed += 1
-            logger.debug("%s: %s", tiles, describe(error), exc_info=error)
-            self._check_device()
-            return None
-        if problem is not None:
-            self.wrong += 1
-            logger.debug("%s: wrong result, %s", tiles, problem)
-            return None
-        return call
 
     def _bind(self, tiles: Tiles) -> Callable[[], torch.Tensor]:
         """A call of a layer that has these tiles and an arena of its own, in which nothing is of another's size."""
@@ -332,31 +302,6 @@ class Search:
         experts.tiles = FixedTiles(config, self.place.device, self.place.shared_memory, tiles)
         layer = ModularKernel(Local(config, WorkspaceArena(self.stopwatch.device)), experts)
         return lambda: layer(inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
-
-    def _problem(self, output: torch.Tensor) -> Accuracy | None:
-        """How wrong the result is, None if it is right."""
-        config = self.place.config
-        tolerance = TOLERANCES[config.dtype] if config.quantization is None else FP8_TOLERANCE
-        accuracy = Accuracy.of(output[self.inputs.sample()], self._expected(), tolerance)
-        return None if accuracy.ok else accuracy
-
-    def _expected(self) -> torch.Tensor:
-        fp8 = self.place.config.quantization is not None
-        return oracle_of_sample(self.layer, self.inputs, quantized_activations=fp8)
-
-    def _check_device(self) -> None:
-        try:
-            self.stopwatch.synchronize()
-        except RuntimeError as problem:
-            raise DeviceLostError(
-                f"the device is lost to this process ({describe(problem)}); what was measured is kept, run the same "
-                "command again for the rest"
-            ) from problem
-
-
-def _replay(replay: Callable[[], Any], eager: Callable[[], Any]) -> None:
-    """Replay a graph. `eager` comes along because the graph holds addresses in its arena."""
-    replay()
 
 
 def plan_for(kernels: str, config: MoEConfig, num_rows: int, shared_memory: int, on_gpu: bool) -> Plan:

@@ -12,9 +12,10 @@ from moe_plugin.cli.explain import explain
 from moe_plugin.cli.generate import generate
 from moe_plugin.cli.serve import serve
 from moe_plugin.cli.tune import tune
+from moe_plugin.cli.warmup import warmup
 
 app = typer.Typer(name="moe-plugin", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (serve, generate, explain, doctor, tune):
+for command in (serve, generate, explain, doctor, tune, warmup):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

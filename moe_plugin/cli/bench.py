@@ -48,7 +48,8 @@ def experts(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to measure; local+triton_fused_moe if left out. Repeatable; ratios refer to the first."
+            help="What to measure; local+triton_fused_moe if left out. Repeatable; ratios refer to the first. "
+            "batched+EXPERTS: the experts alone, on rows in the BatchedExperts format."
         ),
     ] = None,
     skew: Annotated[str, typer.Option(help=f"How tokens choose experts: {', '.join(SKEWS)}.")] = "uniform",

@@ -1,7 +1,8 @@
-"""Contenders compute the layer, or say why they do not; DeepGEMM's calls, with torch in the library's place."""
+"""Contenders compute the layer, or say why they do not; DeepGEMM's calls, with its double in the library's place."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,10 +24,12 @@ from moe_plugin.bench.contenders import (
     peer,
 )
 from moe_plugin.bench.layers import Inputs, Layer
+from moe_plugin.compat import deep_gemm as compat
 from moe_plugin.config import Fp8Block, MoEConfig
 from moe_plugin.environment import probe_package
 from moe_plugin.errors import ConfigError, UnknownStrategyError
 from moe_plugin.numerics import Tolerance
+from tests.doubles import deep_gemm as double
 
 CPU = torch.device("cpu")
 CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=256, intermediate_size=128)
@@ -45,6 +48,23 @@ def test_nan_and_each_of_the_two_errors_fail() -> None:
     assert not Accuracy(float("nan"), 0.0, limit).ok
     assert not Accuracy(0.0, float("nan"), limit).ok
     assert "1.10e-02 (tolerance 0.01)" in str(Accuracy(1.1e-2, 0.0, limit))
+
+
+def test_the_nearest_of_several_right_answers_counts() -> None:
+    limit = Tolerance(frobenius=1e-2, row=2e-2)
+    actual = torch.ones(4, 8)
+    near, far, undefined = actual * 1.005, actual * 2, actual * torch.nan
+    for answers in ([near, far], [far, near], [undefined, near]):
+        assert Accuracy.of_any(actual, answers, limit) == Accuracy.of(actual, near, limit)
+        assert Accuracy.of_any(actual, answers, limit).ok
+    assert not Accuracy.of_any(actual, [far], limit).ok
+    # One that is nearer over all, but wrong in a row, does not hide one that is right.
+    one_row_off = actual.clone()
+    one_row_off[0] *= 1.03
+    wide = Tolerance(frobenius=1e-1, row=2e-2)
+    everywhere = actual * 1.018
+    assert Accuracy.of(actual, one_row_off, wide).error < Accuracy.of(actual, everywhere, wide).error
+    assert Accuracy.of_any(actual, [one_row_off, everywhere], wide).ok
 
 
 def test_a_strategy_computes_the_layer() -> None:
@@ -118,50 +138,12 @@ def test_every_peer_has_its_name() -> None:
     assert {name: peer(name).name for name in PEERS} == {name: name for name in PEERS}
 
 
-def _dequantized(operand: Any) -> torch.Tensor:
-    """DeepGEMM's operands: a tensor, or (fp8, scales of 1 x 128 or 128 x 128)."""
-    if isinstance(operand, torch.Tensor):
-        return operand.float()
-    values, scale = operand
-    scale = scale.repeat_interleave(128, dim=-1)[..., : values.shape[-1]]
-    if scale.shape[-2] != values.shape[-2]:
-        scale = scale.repeat_interleave(128, dim=-2)[..., : values.shape[-2], :]
-    return values.float() * scale
-
-
-def _contiguous(a: Any, b: Any, out: torch.Tensor, layout: torch.Tensor) -> None:
-    """Every block of 128 rows is computed with the expert of its first row."""
-    a, b = _dequantized(a), _dequantized(b)
-    assert len(a) == len(layout) == len(out)
-    assert len(a) % 128 == 0
-    for start in range(0, len(a), 128):
-        out[start : start + 128] = (a[start : start + 128] @ b[layout[start]].T).to(out.dtype)
-
-
-def _masked(a: Any, b: Any, out: torch.Tensor, counts: torch.Tensor, expected: int) -> None:
-    """Whole blocks of 128 rows are stored as far as a group has rows."""
-    a, b = _dequantized(a), _dequantized(b)
-    assert a.shape[1] % 128 == 0
-    assert expected >= 1
-    for group, count in enumerate(counts.tolist()):
-        rows = -(-count // 128) * 128
-        out[group, :rows] = (a[group, :rows] @ b[group].T).to(out.dtype)
-
-
-LIBRARY = SimpleNamespace(
-    __name__="deep_gemm",
-    m_grouped_bf16_gemm_nt_contiguous=_contiguous,
-    m_grouped_fp8_gemm_nt_contiguous=_contiguous,
-    bf16_m_grouped_gemm_nt_masked=_masked,
-    utils=SimpleNamespace(m_grouped_fp8_gemm_nt_masked=_masked, get_mn_major_tma_aligned_tensor=lambda scale: scale),
-)
-
-
 @pytest.mark.parametrize("config", [CONFIG, BLOCK], ids=["bf16", "fp8_block"])
 @pytest.mark.parametrize("tokens", [1, 150, 300], ids=["masked", "masked_over_a_block", "contiguous"])
 def test_grouped_gemms_have_the_rows_where_the_library_expects_them(config: MoEConfig, tokens: int) -> None:
     layer, inputs = layer_and_inputs(config, tokens)
-    job = contenders._grouped_gemms(LIBRARY, layer, inputs)
+    with double.installed():
+        job = contenders._grouped_gemms(compat.library(), layer, inputs)
     first, second = job.run()
     assert job.check([first, second]).ok
     # Another expert's weights in one block do not pass.
@@ -188,8 +170,28 @@ def test_every_pair_has_one_row(masked: bool) -> None:
     assert sorted(pairs) == sorted(expected_pairs)
 
 
-def test_a_symbol_that_moved_is_found_and_a_missing_one_named() -> None:
-    assert contenders._symbol(LIBRARY, "absent", "bf16_m_grouped_gemm_nt_masked") is _masked
-    assert contenders._symbol(LIBRARY, "m_grouped_fp8_gemm_nt_masked") is _masked
-    with pytest.raises(UnsupportedError, match="deep_gemm has no absent or lost"):
-        contenders._symbol(LIBRARY, "absent", "lost")
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What of a layer is looked at before the library is, on a device of SM 90."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return SimpleNamespace(config=CONFIG, w13=SimpleNamespace(device=torch.device("cuda")))
+
+
+def test_an_absent_deep_gemm_says_how_to_get_it(hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    compat.forget()
+    with pytest.raises(NotInstalledError, match=r"pip install 'moe-plugin\[deepgemm\]'"):
+        DeepGemmGroupedGemms().prepare(hopper, 12)
+    assert DeepGemmGroupedGemms().version() == "not installed"
+
+
+def test_deep_gemm_without_calls_for_a_type(hopper: Any) -> None:
+    with double.installed() as module:
+        del module.m_grouped_bf16_gemm_nt_contiguous
+        compat.forget()
+        with pytest.raises(UnsupportedError, match="lacks grouped GEMMs for bf16"):
+            DeepGemmGroupedGemms().prepare(hopper, 12)
+        hopper.config = BLOCK
+        DeepGemmGroupedGemms().prepare(hopper, 12)
+        assert DeepGemmGroupedGemms().version() == double.__version__

@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_plugin.bench.layers import SKEWS, Inputs, Layer, choose_experts, compulsory_bytes, floor, flops, oracle
+from moe_plugin.bench.layers import (
+    SKEWS,
+    Inputs,
+    Layer,
+    choose_experts,
+    compulsory_bytes,
+    floor,
+    flops,
+    oracle,
+    right_answers,
+)
 from moe_plugin.bench.results import Ceilings
 from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, MoEConfig
 from moe_plugin.errors import ConfigError
@@ -63,8 +73,21 @@ def test_skews_differ_as_they_say() -> None:
     assert counts("one-expert").tolist() == [1.0] + [0.0] * 15
     first = choose_experts("one-expert", 50, 16, 3, torch.Generator().manual_seed(0))
     assert (first == 0).sum(dim=-1).tolist() == [1] * 50
-    with pytest.raises(ConfigError, match=r"normal.*uniform, zipf, one-expert"):
+    with pytest.raises(ConfigError, match=r"normal.*uniform, zipf, one-expert, balanced"):
         choose_experts("normal", 1, 2, 1, torch.Generator())
+
+
+def test_balanced_gives_every_expert_as_many() -> None:
+    def counts(tokens: int, num_experts: int, top_k: int) -> list[int]:
+        ids = choose_experts("balanced", tokens, num_experts, top_k, torch.Generator().manual_seed(0))
+        return torch.bincount(ids.flatten(), minlength=num_experts).tolist()
+
+    assert counts(64, 16, 4) == [16] * 16
+    assert counts(12, 6, 3) == [6] * 6
+    # 15 pairs over 6 experts cannot be even.
+    assert counts(5, 6, 3) == [3, 3, 3, 2, 2, 2]
+    ids = choose_experts("balanced", 3, 6, 4, torch.Generator())
+    assert ids.tolist() == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]]
 
 
 def test_inputs_are_never_zero_and_weights_sum_to_one() -> None:
@@ -112,3 +135,22 @@ def test_the_two_fp8_oracles_differ_by_the_rounding_of_activations(scheme) -> No
     inputs = Inputs.random(config, 16, "uniform", CPU, 1)
     quantized, plain = (oracle(layer, inputs, inputs.sample(), flag) for flag in (True, False))
     assert 1e-2 < relative_error(quantized, plain) < 6e-2
+
+
+def test_where_the_first_product_may_be_rounded_there_are_two_right_answers() -> None:
+    block = replace(CONFIG, quantization=Fp8Block())
+    layer, inputs = Layer.random("x", block, CPU, 0), Inputs.random(block, 40, "uniform", CPU, 1)
+    exact, rounded = right_answers(layer, inputs, rounds_gate_up=True)
+    rows = inputs.sample()
+    assert torch.equal(exact, oracle(layer, inputs, rows, quantized_activations=True))
+    assert torch.equal(rounded, oracle(layer, inputs, rows, quantized_activations=True, rounds_gate_up=True))
+    assert 0 < relative_error(exact, rounded) < 2e-2
+    # Computed once for all contenders of a call.
+    assert right_answers(layer, inputs, rounds_gate_up=False)[0] is exact
+    assert right_answers(layer, inputs, rounds_gate_up=True)[1] is rounded
+
+
+def test_without_quantization_one_answer_is_right() -> None:
+    layer, inputs = Layer.random("x", CONFIG, CPU, 0), Inputs.random(CONFIG, 5, "uniform", CPU, 1)
+    (answer,) = right_answers(layer, inputs, rounds_gate_up=True)
+    assert torch.equal(answer, oracle(layer, inputs, inputs.sample(), quantized_activations=False))

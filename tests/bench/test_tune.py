@@ -19,6 +19,7 @@ from moe_plugin.config import Fp8Block, Fp8PerTensor, MoEConfig, QuantConfig
 from moe_plugin.environment import Environment, Package
 from moe_plugin.errors import ConfigError
 from moe_plugin.kernels.hopper_tiling import HopperTiles
+from moe_plugin.kernels.measured_tables import forget_tables
 from moe_plugin.kernels.tile_tables import (
     HOPPER,
     PORTABLE,
@@ -27,7 +28,6 @@ from moe_plugin.kernels.tile_tables import (
     Tiles,
     TileTable,
     block_rows,
-    forget_tables,
     heuristic_tiles,
     legal,
 )
@@ -127,7 +127,7 @@ def test_the_fastest_right_candidate_wins(tmp_path: Path) -> None:
     entry = found.run(None)
     assert entry is not None
     assert found.times[entry.tiles] is not None
-    assert (found.failed, found.wrong, found.before) == (0, 0, None)
+    assert (found.trials.failed, found.trials.wrong, found.before) == (0, 0, None)
     assert found.heuristic is not None
     assert entry.microseconds <= found.heuristic
     # One size of blocks; two other values of block_n and of block_k for each GEMM.
@@ -142,7 +142,7 @@ def test_a_candidate_that_fails_is_skipped_and_counted(tmp_path: Path, caplog: p
     bad = replace(good, gate_up=replace(good.gate_up, block_k=48))  # tl.arange wants a power of two
     with caplog.at_level("DEBUG", logger="moe_plugin.bench"):
         assert found._measure(bad) is None
-    assert (found.failed, found.wrong) == (1, 0)
+    assert (found.trials.failed, found.trials.wrong) == (1, 0)
     assert "block_k=48" in caplog.text
     assert found._measure(good) is not None
     best = found.best()
@@ -153,11 +153,11 @@ def test_a_candidate_that_fails_is_skipped_and_counted(tmp_path: Path, caplog: p
 @interpreter
 def test_wrong_results_are_skipped_and_counted(tmp_path: Path) -> None:
     found = search(tmp_path)
-    found.inputs.expected[False] = torch.ones(1, 32)
+    found.inputs.expected[False, False] = torch.ones(1, 32)
     assert found.run(None) is None
-    assert found.wrong == len(found.times) >= 1
+    assert found.trials.wrong == len(found.times) >= 1
     outcome = found.outcome("x", "bf16", None)
-    assert (outcome.entry, outcome.heuristic, outcome.wrong) == (None, None, found.wrong)
+    assert (outcome.entry, outcome.heuristic, outcome.wrong) == (None, None, found.trials.wrong)
 
 
 @interpreter

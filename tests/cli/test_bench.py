@@ -70,6 +70,22 @@ def test_a_wrong_strategy_exits_with_1_and_keeps_the_results(tmp_path: Path) -> 
     assert Run.load(file).cells[0].measurements[0].best is None
 
 
+@interpreter
+def test_experts_alone_beside_a_whole_layer(tmp_path: Path) -> None:
+    file = tmp_path / "batched.json"
+    strategies = ("local+torch_native", "batched+torch_native", "batched+deep_gemm_hybrid")
+    arguments = [word for strategy in strategies for word in ("--strategy", strategy)]
+    arguments += ["--layer", "2,1,64,64", "--tokens", "2", "--skew", "balanced", "--time-budget", "1e-6"]
+    result = bench("experts", *arguments, "--device", "cpu", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    (cell,) = Run.load(file).cells
+    assert [(m.contender, m.role) for m in cell.measurements] == [(strategy, "strategy") for strategy in strategies]
+    assert [m.status for m in cell.measurements] == ["ok", "ok", "unsupported"]
+    assert cell.measurements[1].eager is not None
+    assert "deep_gemm_hybrid: deep_gemm: needs an importable installation" in cell.measurements[2].detail
+    assert (cell.skew, cell.experts_hit) == ("balanced", 2)
+
+
 def test_plot_and_show_read_what_was_saved(tmp_path: Path) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     run(cell(measured(OURS, 250.0), measured("vllm", 300.0))).save(files[0])
@@ -93,6 +109,8 @@ def test_plot_and_show_read_what_was_saved(tmp_path: Path) -> None:
         (["experts", "--preset", "all", "--tokens", "1,x"], "whole numbers by commas, got '1,x'"),
         (["experts", "--preset", "all", "--peer", "torch,vlm"], "unknown peer 'vlm'"),
         (["experts", "--preset", "all", "--device", "tpu"], "auto, cuda or cpu"),
+        (["experts", "--preset", "all", "--strategy", "batched+torch"], "BatchedExperts is taken by batched+"),
+        (["experts", "--preset", "all", "--skew", "even"], "uniform, zipf, one-expert, balanced"),
         (["experts", "--preset", "qwen3-30b", "--json", "absent/x.json"], "there is no folder absent"),
         (["plot", "absent.json", "--out", "x.png"], "absent.json"),
         (["show", "absent.json"], "absent.json"),
@@ -109,5 +127,13 @@ def test_mistakes_are_one_clear_line(arguments: list[str], words: str) -> None:
 def test_help_names_what_there_is() -> None:
     result = bench("experts", "--help")
     assert result.exit_code == 0
-    for words in ("--preset", "deepseek-v3-ep8", "vllm_deep_gemm", "one-expert", "--time-budget"):
+    for words in (
+        "--preset",
+        "deepseek-v3-ep8",
+        "vllm_deep_gemm",
+        "one-expert",
+        "balanced",
+        "batched+",
+        "--time-budget",
+    ):
         assert words in result.output
