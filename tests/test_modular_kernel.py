@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,13 +27,15 @@ from moe_plugin.modular_kernel import (
     Receiver,
     RouterWeightStage,
     validate_inputs,
+    warm_up_rows,
 )
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.prepare_finalize.local import Local
 from moe_plugin.prepare_finalize.nccl_all_to_all import NcclAllToAll
 from moe_plugin.reference import reference_moe
+from moe_plugin.strategies.phases import PhasedLayer
 from moe_plugin.testing.cases import Inputs, Weights
-from moe_plugin.workspace import WorkspaceArena
+from moe_plugin.workspace import Workspace, WorkspaceArena
 from tests.matrix.third_party import OracleMonolith
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -441,3 +445,105 @@ def test_experts_cannot_overwrite_what_the_dispatcher_keeps(inputs: Inputs) -> N
     arena = WorkspaceArena(DEVICE)
     layer = ModularKernel(NcclAllToAll(CONFIG, arena), Careless(CONFIG, expert_weights()))
     assert_close_to_oracle(layer(*inputs.as_tuple()), expected(inputs), torch.float32)
+
+
+class Counting(TorchNative):
+    """Notes every call: its rows, and who applies router weights."""
+
+    def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
+        super().__init__(config, weights)
+        self.calls: list[tuple[int, RouterWeightStage]] = []
+
+    def counters(self) -> dict[str, int]:
+        return {"few": sum(rows <= 2 for rows, _ in self.calls), "many": sum(rows > 2 for rows, _ in self.calls)}
+
+    def apply(self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls.append((dispatched.activations.shape[0], dispatched.router_weight_stage))
+        workspace.tensor("rows", dispatched.activations.shape, torch.float32).fill_(1)
+        return super().apply(dispatched, workspace, output)
+
+
+def counting(config: MoEConfig = CONFIG) -> ModularKernel:
+    return ModularKernel(Local(config, WorkspaceArena(DEVICE)), Counting(config, expert_weights(config)))
+
+
+def test_counters_carry_the_name_of_the_class(inputs: Inputs) -> None:
+    layer = counting()
+    name = TorchNative.name
+    assert layer.counters() == {f"{name}.few": 0, f"{name}.many": 0}
+    layer(*inputs.as_tuple())
+    layer(*Inputs.random(CONFIG, 2, DEVICE, seed=1).as_tuple())
+    layer(*inputs.as_tuple())
+    assert layer.counters() == {f"{name}.few": 1, f"{name}.many": 2}
+
+
+def test_layers_without_ways_inside_count_nothing(layer: MoELayer, inputs: Inputs) -> None:
+    layer(*inputs.as_tuple())
+    assert layer.counters() == {}
+
+
+def test_counters_of_a_monolithic_layer() -> None:
+    class CountingMonolith(OracleMonolith):
+        def counters(self) -> dict[str, int]:
+            return {"calls": 7}
+
+    layer = MonolithicKernel(CountingMonolith(CONFIG, expert_weights(), WorkspaceArena(DEVICE)))
+    assert layer.counters() == {f"{OracleMonolith.name}.calls": 7}
+
+
+def test_counters_of_both_phases(inputs: Inputs) -> None:
+    layer = PhasedLayer(counting(), counting())
+    layer(*inputs.as_tuple(), max_num_tokens=T)
+    layer(*inputs.as_tuple())
+    layer(*inputs.as_tuple())
+    name = TorchNative.name
+    assert layer.counters() == {
+        f"decode.{name}.few": 0,
+        f"decode.{name}.many": 1,
+        f"prefill.{name}.few": 0,
+        f"prefill.{name}.many": 2,
+    }
+
+
+def test_rows_to_warm_up() -> None:
+    assert warm_up_rows(0) == []
+    assert warm_up_rows(3) == [3, 2, 1]
+    assert warm_up_rows(64) == list(range(64, 0, -1))
+    for most in (65, 100, 257, 4096, 100_000):
+        rows = warm_up_rows(most)
+        assert rows == sorted(set(rows), reverse=True)
+        assert rows[0] == most
+        assert rows[-64:] == list(range(64, 0, -1))
+        # Steps of 5%, but for the rounding to whole rows.
+        assert all(one <= 1.05 * less + 1 for one, less in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_warming_up_is_a_call_of_every_number_of_rows(on_input: bool) -> None:
+    config = replace(CONFIG, max_tokens_per_rank=4, top_k=1, apply_router_weight_on_input=on_input)
+    layer = counting(config)
+    experts = layer.experts
+    assert isinstance(experts, Counting)
+    arena = layer.prepare_finalize.arena
+    steps = list(experts.warm_up_steps(arena))
+    assert [name for name, _ in steps] == [f"torch_native, {rows} rows" for rows in (4, 3, 2, 1)]
+    assert not experts.calls
+    for _, step in steps:
+        step()
+    stage = RouterWeightStage.BEFORE_DISPATCH if on_input else RouterWeightStage.EXPERTS_GATHER
+    assert experts.calls == [(rows, stage) for rows in (4, 3, 2, 1)]
+    # In the buffers that calls of the layer take: the first one makes none but the dispatcher's.
+    held = arena.nbytes
+    assert held >= 4 * config.hidden_size * 4
+    dispatched = layer.prepare(*Inputs.random(config, 4, DEVICE, seed=0).as_tuple())
+    before = dispatched.handle.workspace.nbytes
+    layer.finalize(layer.apply_experts(dispatched), dispatched)
+    assert arena.nbytes == before
+
+
+def test_classes_that_take_no_standard_rows_have_nothing_to_warm_up() -> None:
+    class Batched(TorchNative):
+        activation_formats = frozenset({ActivationFormat.BATCHED_EXPERTS})
+
+    experts = Batched(CONFIG, expert_weights())
+    assert list(experts.warm_up_steps(WorkspaceArena(DEVICE))) == []

@@ -177,9 +177,11 @@ def rounded(x: torch.Tensor, group_size: int, scale: float | None) -> torch.Tens
 
 
 @pytest.mark.parametrize("on_input", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "rounds_gate_up"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
+)
 @pytest.mark.parametrize("scheme", FP8_SCHEMES.values(), ids=FP8_SCHEMES)
-def test_fp8_pair_by_pair(scheme: QuantConfig, dtype: torch.dtype, on_input: bool) -> None:
+def test_fp8_pair_by_pair(scheme: QuantConfig, dtype: torch.dtype, rounds_gate_up: bool, on_input: bool) -> None:
     experts, top_k, tokens, hidden, inner = 3, 1 if on_input else 2, 4, 150, 140
     generator = torch.Generator().manual_seed(0)
     w13, w13_scale = quantize_weights(torch.randn(experts, 2 * inner, hidden, generator=generator) / 12, scheme, 2)
@@ -204,6 +206,7 @@ def test_fp8_pair_by_pair(scheme: QuantConfig, dtype: torch.dtype, on_input: boo
         w2_scale=w2_scale,
         a13_scale=a13,
         a2_scale=a2,
+        rounds_gate_up=rounds_gate_up,
     )
 
     real_w13 = dequantize_weights(w13, w13_scale, scheme, halves=2)
@@ -218,7 +221,10 @@ def test_fp8_pair_by_pair(scheme: QuantConfig, dtype: torch.dtype, on_input: boo
             state = (x[token].float() * weight).to(dtype) if on_input else x[token]
             # The largest of the given scales serves all experts: the row is quantized before it meets them.
             state = rounded(state, group_size, 0.005 if static else None)
-            gate, up = (real_w13[expert] @ state + bias[expert].float()).chunk(2)
+            gate_up = real_w13[expert] @ state
+            if rounds_gate_up:
+                gate_up = gate_up.to(dtype).float()
+            gate, up = (gate_up + bias[expert].float()).chunk(2)
             middle = rounded(gate * torch.sigmoid(gate) * up, 128, float(a2[expert]) if a2 is not None else None)
             expected[token] += (real_w2[expert] @ middle) * (1 if on_input else weight)
     # Sums in another order may take an element of the intermediate to the next fp8 value.
@@ -252,3 +258,23 @@ def test_fp8_without_its_scales(layer, call) -> None:
     static = Fp8PerTensor(static_activations=True)
     with pytest.raises(ShapeError, match="static activations needs a13_scale and a2_scale"):
         reference_moe(*call, **layer, quantization=static, w13_scale=one, w2_scale=one, a13_scale=one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gate_up_rounded_to_the_dtype_of_the_rows(layer, dtype: torch.dtype) -> None:
+    """Between the first GEMM and its bias, as a GEMM of a library rounds it; nothing else is rounded."""
+    generator = torch.Generator().manual_seed(4)
+    # Sums of 17 bits: fp32 holds them, in whatever order they are added up, and the others do not.
+    x = (torch.randint(-128, 128, (T, H), generator=generator) / 32).to(dtype)
+    layer["w13"] = torch.randint(-128, 128, layer["w13"].shape, generator=generator) / 64
+    ids, weights = torch.randint(E, (T, 1), generator=generator), torch.rand(T, 1, generator=generator)
+    out = reference_moe(x, ids, weights, **layer, rounds_gate_up=True)
+    expected = []
+    for row, expert, weight in zip(x.float(), ids[:, 0].tolist(), weights, strict=True):
+        gate, up = ((layer["w13"][expert] @ row).to(dtype).float() + layer["w13_bias"][expert]).chunk(2)
+        middle = gate * torch.sigmoid(gate) * up
+        expected.append(weight * (layer["w2"][expert] @ middle + layer["w2_bias"][expert]))
+    torch.testing.assert_close(out, torch.stack(expected))
+    # What rounds to fp32 does not round.
+    unrounded = reference_moe(x, ids, weights, **layer)
+    assert torch.equal(unrounded, out) == (dtype is torch.float32)

@@ -135,10 +135,12 @@ def _store_groups(expert_num_tokens_ptr, group_ends_ptr, experts, counts, ends, 
 
 
 @triton.jit
-def _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs):
+def _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs, num_slots):
+    # Buffers of fewer slots than the ids need, made for wrong counts, lose pairs rather than be written past their end.
+    has_slot = (ids >= 0) & (slots < num_slots)
     if sorted_pairs_ptr is not None:
-        tl.store(sorted_pairs_ptr + slots, pairs, mask=ids >= 0)
-    tl.store(slot_of_pair_ptr + pairs, tl.where(ids >= 0, slots, -1), mask=pairs < num_pairs)
+        tl.store(sorted_pairs_ptr + slots, pairs, mask=has_slot)
+    tl.store(slot_of_pair_ptr + pairs, tl.where(has_slot, slots, -1), mask=pairs < num_pairs)
 
 
 @triton.jit
@@ -153,7 +155,8 @@ def _store_blocks(
     passed = (ends[None, :] <= first_slots[:, None]) & (experts < NUM_EXPERTS)[None, :]
     block_expert = tl.sum(passed.to(tl.int32), axis=1)
     tl.store(block_expert_ptr + blocks, tl.where(first_slots < last_end, block_expert, -1), mask=in_range)
-    tl.store(num_blocks_ptr + blocks, tl.zeros_like(blocks) + last_end // BLOCK_M, mask=blocks == 0)
+    num_blocks = tl.minimum(last_end // BLOCK_M, max_blocks)
+    tl.store(num_blocks_ptr + blocks, tl.zeros_like(blocks) + num_blocks, mask=blocks == 0)
     if sorted_pairs_ptr is not None:
         # Starts ascend, so of all segments begun by the block's first slot the last one ends furthest.
         starts = ends - padded
@@ -193,7 +196,7 @@ def _place_kernel(
             )
             earlier = (ids[:, None] == other_ids[None, :]) & (other_lanes[None, :] < lanes[:, None])
             slots += tl.sum(earlier.to(tl.int32), axis=1)
-        _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs)
+        _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs, max_blocks * BLOCK_M)
     else:
         tile = program - num_chunks
         if not SCANNED or group_ends_ptr is not None:  # noqa: SIM102 - a constant, known when the kernel is compiled
@@ -231,7 +234,7 @@ def _one_launch_kernel(
     ids = _load_ids(local_ids_ptr, pairs, num_pairs, stride_n, stride_k, NUM_EXPERTS, TOP_K)
     earlier = (ids[:, None] == all_ids[None, :]) & (all_pairs[None, :] < pairs[:, None])
     slots = tl.gather(ends - padded, tl.maximum(ids, 0), 0) + tl.sum(earlier.to(tl.int32), axis=1)
-    _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs)
+    _store_slots(sorted_pairs_ptr, slot_of_pair_ptr, pairs, ids, slots, num_pairs, max_blocks * BLOCK_M)
     # There are at most as many blocks as pairs, so the programs' shares of pairs number all blocks as well.
     _store_blocks(
         sorted_pairs_ptr, block_expert_ptr, num_blocks_ptr, pairs, experts, counts, ends, padded, num_pairs, max_blocks,
@@ -259,6 +262,8 @@ def counting_sort(
     group_ends: torch.Tensor | None = None,
 ) -> None:
     """Sort the pairs of `local_ids` by expert into buffers shaped by `tiling.counting_sort_shapes`.
+
+    With block_expert and sorted_pairs of fewer blocks, pairs that find no room are skipped.
 
     local_ids: int32 [N, K], any strides; entries outside [0, num_experts) are skipped.
     block_m: power of two.

@@ -465,6 +465,7 @@ def _check_graph_replay(case: Case) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = case.layer(*static.as_tuple())
+    outputs, oracles = [], []
     for step in range(20):
         fresh = case.inputs(16, seed=step + 1)
         # Fewer tokens than captured: the rest of the padded batch is dropped.
@@ -474,7 +475,12 @@ def _check_graph_replay(case: Case) -> None:
             target.copy_(source)
         graph.replay()
         case.layer.check_errors()
-        assert_close_to_oracle(out, case.expected(fresh), case.tolerance)
+        expected = case.expected(fresh)
+        # In fp8 a flipped value weighs too much in so few rows; what was routed or kept wrongly is far outside of this.
+        assert_close_to_oracle(out, expected, case.tolerance if case.config.quantization is None else FP8_NOISE)
+        outputs.append(out.clone())
+        oracles.append(expected)
+    assert_close_to_oracle(torch.cat(outputs), torch.cat(oracles), case.tolerance)
     if context.rank == context.size - 1:
         static.topk_ids[0, 0] = case.config.num_experts
     graph.replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +16,8 @@ from moe_plugin.config import Activation, Fp8Block, Fp8PerTensor, Fp8PerToken, Q
 from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
 from moe_plugin.kernels.tile_tables import HOPPER, FixedTiles
 from moe_plugin.kernels.tiling import shared_memory_bytes
-from moe_plugin.modular_kernel import ExpertWeights
 from moe_plugin.workspace import WorkspaceArena
-from tests.experts.cases import DEVICE, Layer, make_config, make_weights, normal, random_ids
+from tests.experts.cases import DEVICE, Layer, backwards, make_config, make_weights, normal, random_ids
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 48}
 SCHEMES = [None, Fp8Block(), Fp8PerToken(), Fp8PerTensor(static_activations=True)]
@@ -45,18 +44,6 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         monkeypatch.setattr(TritonFusedMoE, name, describe)
     return seen
-
-
-def backwards(weights: ExpertWeights) -> ExpertWeights:
-    """The same experts in the opposite order."""
-
-    def reverse(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype is torch.float8_e4m3fn:  # flip has no fp8 kernel
-            return tensor.view(torch.uint8).flip(0).view(tensor.dtype).contiguous()
-        return tensor.flip(0).contiguous()
-
-    given = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    return replace(weights, **{name: None if tensor is None else reverse(tensor) for name, tensor in given.items()})
 
 
 def two_layers(**overrides: Any) -> list[Layer]:

@@ -115,6 +115,23 @@ def test_slots_without_what_is_optional(num_rows: int) -> None:
         assert torch.equal(outputs[name], buffers[name]), name
 
 
+@pytest.mark.parametrize("num_rows", [20, 600])
+def test_pairs_without_room_are_skipped(num_rows: int) -> None:
+    """Buffers made for counts that were wrong: nothing is written past their end."""
+    ids = random_ids(num_rows, 3, 5).to(DEVICE)
+    whole = run_sort(ids, 5, 16)
+    blocks = int(whole["num_blocks"]) - 1
+    outputs = {name: torch.full_like(buffer, -7) for name, buffer in whole.items()}
+    short = {"sorted_pairs": outputs["sorted_pairs"][: 16 * blocks], "block_expert": outputs["block_expert"][:blocks]}
+    counting_sort(ids, 5, 16, **(outputs | short))
+    slots = whole["slot_of_pair"]
+    assert torch.equal(outputs["slot_of_pair"], torch.where(slots < 16 * blocks, slots, -1))
+    assert int(outputs["num_blocks"]) == blocks
+    for name, kept in short.items():
+        assert torch.equal(kept, whole[name][: len(kept)])
+        assert set(outputs[name][len(kept) :].tolist()) == {-7}
+
+
 @pytest.mark.parametrize("expert", [0, 3, 6])
 @pytest.mark.parametrize("num_rows", [127, 128, 129])
 def test_all_pairs_to_one_expert(expert: int, num_rows: int) -> None:
