@@ -293,7 +293,6 @@ class DeepGemmHybrid(Experts):
     ) -> None:
         from moe_plugin.kernels.counting_sort import counting_sort_launches
         from moe_plugin.kernels.gated_activation import ContiguousRows, gated_activation_launches
-        from moe_plugin.kernels.hopper_gemm import SlotBlocks, down_launches, gate_up_activation_launches
         from moe_plugin.kernels.quantize_rows import permute_rows_launches
         from moe_plugin.kernels.row_sum import row_sum_launches
 
@@ -321,6 +320,8 @@ class DeepGemmHybrid(Experts):
             return launches + gate_up() if triton_gate_up else launches
 
         def gate_up() -> list[Launch]:
+            from moe_plugin.kernels.hopper_gemm import SlotBlocks, gate_up_activation_launches
+
             scales, _ = triton.hopper_scales(b.get("activation_scale"), b.get("intermediate_scale"))
             tile = self._wide_tiles(num_rows).gate_up
             blocks = SlotBlocks(b["block_expert"], b["num_blocks"])
@@ -350,6 +351,8 @@ class DeepGemmHybrid(Experts):
             return launches + down() if triton_down else launches
 
         def down() -> list[Launch]:
+            from moe_plugin.kernels.hopper_gemm import SlotBlocks, down_launches
+
             _, scales = triton.hopper_scales(b.get("activation_scale"), b.get("intermediate_scale"))
             tile = self._wide_tiles(num_rows).down
             blocks = SlotBlocks(b["block_expert"], b["num_blocks"])

@@ -31,7 +31,7 @@ import triton.language as tl
 from moe_plugin.config import Activation
 from moe_plugin.errors import ShapeError
 from moe_plugin.kernels.dependent_launch import dependent_launch, wait_for_the_kernel_before
-from moe_plugin.kernels.interpreter import round_to
+from moe_plugin.kernels.interpreter import INTERPRETED, resident_warps, round_to
 from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.masked_slots import ends_of_experts, nth_row
 from moe_plugin.kernels.quantize_rows import group_scales, quotient, store_group_scales
@@ -43,7 +43,7 @@ _SHAPES = ((4, 2048), (2, 1024), (1, 512), (1, 256))
 """Warps of a program and columns of its tile: one or two 16-byte loads each of gate and up per thread."""
 _TILE_ROWS, _NARROW_TILE_ROWS, _NARROW = 4, 8, 512
 """Rows of a contiguous tile, and of one of at most so many columns; measured on an H200."""
-_RESIDENT_WARPS = 4096
+_RESIDENT_WARPS = resident_warps(4096)
 """About as many as a large GPU runs at once with this kernel's registers."""
 
 
@@ -78,8 +78,11 @@ def _sigmoid(x):
 def activate(gate, up, ACTIVATION: tl.constexpr, SWIGLU_ALPHA: tl.constexpr, SWIGLU_LIMIT: tl.constexpr):
     """fp32 gate and up of one shape -> their gated activation, see `moe_plugin.activation`."""
     if ACTIVATION == "silu_and_mul":
-        # For very negative gates the divisor is Inf, and the quotient the zero that it should be.
-        return gate / (1.0 + tl.exp(-gate)) * up
+        if INTERPRETED:  # where NumPy warns of the Inf below
+            return gate * _sigmoid(gate) * up
+        else:
+            # For very negative gates the divisor is Inf, and the quotient the zero that it should be.
+            return gate / (1.0 + tl.exp(-gate)) * up
     elif ACTIVATION == "gelu_and_mul":
         # 0.5 * (1 + tanh(z)) is sigmoid(2z); 0.79788 is sqrt(2 / pi).
         return gate * _sigmoid(2.0 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)) * up

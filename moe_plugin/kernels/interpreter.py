@@ -15,6 +15,11 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+def resident_warps(on_a_gpu: int) -> int:
+    """Warps of a grid that shares out work of any size: `on_a_gpu` runs at once; interpreted programs run in turn."""
+    return 8 if triton.knobs.runtime.interpret else on_a_gpu
+
+
 @triton.jit
 def dot(x, w, total):
     """total + x @ w in fp32. x [M, K], w [K, N] of one float dtype; fp32 operands keep full precision."""

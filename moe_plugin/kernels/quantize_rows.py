@@ -28,7 +28,7 @@ import triton.language as tl
 
 from moe_plugin.errors import ShapeError
 from moe_plugin.kernels.dependent_launch import dependent_launch, wait_for_the_kernel_before
-from moe_plugin.kernels.interpreter import INTERPRETED, round_to
+from moe_plugin.kernels.interpreter import INTERPRETED, resident_warps, round_to
 from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.masked_slots import ends_of_experts, nth_row
 from moe_plugin.kernels.tiling import cdiv, next_power_of_2
@@ -41,7 +41,7 @@ _COLUMNS_PER_WARP = 512
 """Two 16-byte loads and one 16-byte store of fp8 per thread."""
 _MAX_ROW_WARPS = 16
 _ENOUGH_PROGRAMS = 1024
-_RESIDENT_WARPS = 6144
+_RESIDENT_WARPS = resident_warps(6144)
 """About as many as a large GPU runs at once; more of them, where a program takes several rows, would only wait."""
 
 
