@@ -291,11 +291,6 @@ class DeepGemmHybrid(Experts):
         output: torch.Tensor,
         workspace: Workspace,
     ) -> None:
-        from moe_plugin.kernels.counting_sort import counting_sort_launches
-        from moe_plugin.kernels.gated_activation import ContiguousRows, gated_activation_launches
-        from moe_plugin.kernels.quantize_rows import permute_rows_launches
-        from moe_plugin.kernels.row_sum import row_sum_launches
-
         config, weights, triton = self.config, self.weights, self._triton
         x, router_weights = dispatched.activations, dispatched.topk_weights
         num_rows, top_k = local_ids.shape
@@ -311,6 +306,9 @@ class DeepGemmHybrid(Experts):
         b = workspace.cached(kind, make)
 
         def scatter() -> list[Launch]:
+            from moe_plugin.kernels.counting_sort import counting_sort_launches
+            from moe_plugin.kernels.quantize_rows import permute_rows_launches
+
             names = ("slot_of_pair", "block_expert", "expert_num_tokens", "num_blocks", "chunk_counts", "group_ends")
             sort = {name: b[name] for name in names}
             launches = [
@@ -338,6 +336,8 @@ class DeepGemmHybrid(Experts):
             )
 
         def activate() -> list[Launch]:
+            from moe_plugin.kernels.gated_activation import ContiguousRows, gated_activation_launches
+
             rows = ContiguousRows(b["block_expert"], b["group_ends"], ALIGNMENT)
             launches = gated_activation_launches(
                 b["gate_up"],
@@ -361,7 +361,7 @@ class DeepGemmHybrid(Experts):
             )
 
         def add_up() -> list[Launch]:
-            return row_sum_launches(b["slot_output"], b["slot_of_pair"], router_weights, output)
+            return _row_sum(b["slot_output"], b["slot_of_pair"], router_weights, output)
 
         moving = triton.weight_tensors if triton_gate_up or triton_down else []
         self._launch((kind, "scatter"), [x, local_ids, *(moving if triton_gate_up else [])], workspace, scatter)
@@ -384,10 +384,6 @@ class DeepGemmHybrid(Experts):
         output: torch.Tensor,
         workspace: Workspace,
     ) -> None:
-        from moe_plugin.kernels.masked_slots import masked_slots_launches
-        from moe_plugin.kernels.quantize_rows import permute_rows_launches
-        from moe_plugin.kernels.row_sum import row_sum_launches
-
         config = self.config
         num_rows, top_k = local_ids.shape
         kind = (self._facts, MASKED, num_rows, top_k)
@@ -399,6 +395,9 @@ class DeepGemmHybrid(Experts):
         slots = b["slot_of_pair"]
 
         def scatter() -> list[Launch]:
+            from moe_plugin.kernels.masked_slots import masked_slots_launches
+            from moe_plugin.kernels.quantize_rows import permute_rows_launches
+
             rows = b["activations"].shape[1]
             counts = b["expert_num_tokens"]
             return [
@@ -407,7 +406,7 @@ class DeepGemmHybrid(Experts):
             ]
 
         def add_up() -> list[Launch]:
-            return row_sum_launches(b["slot_output"].flatten(0, 1), slots, router_weights, output)
+            return _row_sum(b["slot_output"].flatten(0, 1), slots, router_weights, output)
 
         self._launch((kind, "scatter"), [x, local_ids], workspace, scatter)
         self._multiply_masked(
@@ -426,11 +425,11 @@ class DeepGemmHybrid(Experts):
         output: torch.Tensor | None = None,
     ) -> None:
         """Both GEMMs and the activation on the first num_rows[e] rows of each slice, to `output` or slot_output."""
-        from moe_plugin.kernels.gated_activation import MaskedRows, gated_activation_launches
-
         config = self.config
 
         def activate() -> list[Launch]:
+            from moe_plugin.kernels.gated_activation import MaskedRows, gated_activation_launches
+
             return gated_activation_launches(
                 b["gate_up"].flatten(0, 1),
                 b["intermediate"].flatten(0, 1),
@@ -484,13 +483,13 @@ class DeepGemmHybrid(Experts):
         workspace: Workspace,
     ) -> Operand:
         """The rows as DeepGEMM takes them: where they lie if they lie right, else copied; quantized for fp8."""
-        from moe_plugin.kernels.quantize_rows import quantize_rows_launches
-
         max_tokens = x.shape[1]
         if self._is_fp8 and x_scale is None:
             rows, scales = b["activations"], b["activation_scale"].mT
 
             def quantize() -> list[Launch]:
+                from moe_plugin.kernels.quantize_rows import quantize_rows_launches
+
                 return quantize_rows_launches(x, rows[:, :max_tokens], scales[:, :max_tokens], expert_num_tokens=counts)
 
             self._launch((kind, "quantize"), [x, counts], workspace, quantize)
@@ -615,6 +614,14 @@ def _gemm_buffers(config: MoEConfig, rows: tuple[int, ...], ue8m0: bool) -> Buff
             shape = (*rows[:-1], cdiv(groups, UE8M0_PACKED) if ue8m0 else groups, rows[-1])
             buffers[name] = shape, torch.int32 if ue8m0 else torch.float32
     return buffers
+
+
+def _row_sum(
+    rows: torch.Tensor, slots: torch.Tensor, router_weights: torch.Tensor | None, output: torch.Tensor
+) -> list[Launch]:
+    from moe_plugin.kernels.row_sum import row_sum_launches
+
+    return row_sum_launches(rows, slots, router_weights, output)
 
 
 def _sm(device: torch.device) -> int:

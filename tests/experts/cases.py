@@ -205,3 +205,54 @@ class Layer:
         expected = self.expected(activations[used], local_ids, None)
         assert_close_to_oracle(out[used], expected, self.tolerance_of(expected))
         return out
+
+
+def check_graph_replays(layer: Layer, num_rows: int, num_experts: int) -> None:
+    """Many replays with other routings and without a pause: each kernel begins while the one before ends."""
+    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, num_experts), normal(num_rows, 2, seed=7)
+    handle = layer.handle(num_rows)
+    for _ in range(2):
+        layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    routings = torch.randint(-1, num_experts, (20, num_rows, 2), generator=generator, device=DEVICE, dtype=torch.int32)
+    routings[1], routings[2] = -1, num_experts - 1
+    outputs = []
+    for routing in routings:
+        ids.copy_(routing)
+        graph.replay()
+        outputs.append(out.clone())
+    for routing, output in zip(routings, outputs, strict=True):
+        assert torch.equal(output, layer.apply(rows, local_ids=routing, topk_weights=weights))
+    for index in (0, 1, 2, 19):
+        expected = layer.expected(rows, routings[index], weights)
+        assert_close_to_oracle(outputs[index], expected, layer.tolerance_of(expected))
+
+
+def check_capture_between_calls(first: Layer, second: Layer, between: Callable[[int], object]) -> None:
+    """A graph of calls of two layers gives what they give, whatever calls lie between its replays."""
+    rows, ids, weights = first.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
+    outputs = [torch.empty_like(rows) for _ in range(2)]
+
+    def run() -> None:
+        for layer, output in zip((first, second), outputs, strict=True):
+            handle = layer.handle(9)
+            layer.apply(rows, handle=handle, output=output, local_ids=ids, topk_weights=weights)
+            handle.workspace.release()
+
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for step in range(3):
+        between(step)
+        rows.normal_()
+        run()
+        expected = [output.clone() for output in outputs]
+        for output in outputs:
+            output.fill_(torch.nan)
+        graph.replay()
+        assert all(map(torch.equal, outputs, expected))

@@ -56,7 +56,17 @@ from moe_plugin.strategies.phases import PhasedLayer
 from moe_plugin.testing.cases import Inputs, Weights, oracle
 from moe_plugin.workspace import WorkspaceArena
 from tests.doubles import deep_gemm as double
-from tests.experts.cases import DEVICE, Layer, backwards, make_config, make_weights, normal, random_ids
+from tests.experts.cases import (
+    DEVICE,
+    Layer,
+    backwards,
+    check_capture_between_calls,
+    check_graph_replays,
+    make_config,
+    make_weights,
+    normal,
+    random_ids,
+)
 from tests.strategies import machines
 
 on_gpu = DEVICE == "cuda"
@@ -1182,27 +1192,7 @@ def test_first_calls_of_a_shape_do_not_wait_either(layout: str, quantization: Qu
 @by_kind
 @by_layout
 def test_graph_replays_with_new_routing(layout: str, quantization: QuantConfig | None, num_rows: int) -> None:
-    """Many replays without a pause: each kernel begins while the one before ends."""
-    layer = make(layout, quantization=quantization)
-    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 5), normal(num_rows, 2, seed=7)
-    handle = layer.handle(num_rows)
-    for _ in range(2):
-        layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    routings = torch.randint(-1, 5, (20, num_rows, 2), generator=generator, device=DEVICE, dtype=torch.int32)
-    routings[1], routings[2] = -1, 4
-    outputs = []
-    for routing in routings:
-        ids.copy_(routing)
-        graph.replay()
-        outputs.append(out.clone())
-    for routing, output in zip(routings, outputs, strict=True):
-        assert torch.equal(output, layer.apply(rows, local_ids=routing, topk_weights=weights))
-    for index in (0, 1, 2, 19):
-        assert_close_to_oracle(outputs[index], layer.expected(rows, routings[index], weights), layer.tolerance)
+    check_graph_replays(make(layout, quantization=quantization), num_rows, num_experts=5)
 
 
 @gpu_only
@@ -1234,27 +1224,9 @@ def test_graph_replays_of_batched_experts(layout: str, quantization: QuantConfig
 @by_deep_gemm_layout
 def test_capture_between_eager_calls(layout: str, quantization: QuantConfig | None) -> None:
     first, second = two_layers(layout, quantization=quantization)
-    rows, ids, weights = first.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
-    outputs = [torch.empty_like(rows) for _ in range(2)]
 
-    def run() -> None:
-        for layer, output in zip((first, second), outputs, strict=True):
-            handle = layer.handle(9)
-            layer.apply(rows, handle=handle, output=output, local_ids=ids, topk_weights=weights)
-            handle.workspace.release()
-
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for step in range(3):
+    def between(step: int) -> None:
         check(first, step, 9)
         check(second, step, 300)
-        rows.normal_()
-        run()
-        expected = [output.clone() for output in outputs]
-        for output in outputs:
-            output.fill_(torch.nan)
-        graph.replay()
-        assert all(map(torch.equal, outputs, expected))
+
+    check_capture_between_calls(first, second, between)

@@ -27,7 +27,7 @@ from moe_plugin.modular_kernel import ActivationFormat
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, has_static_activations, input_group_size, quantize_rows
 from moe_plugin.workspace import WorkspaceArena
-from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
+from tests.experts.cases import DEVICE, Layer, check_graph_replays, make_config, normal, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -676,27 +676,7 @@ def test_hopper_kernels_confine_nan_and_repeat_bitwise(quantization: QuantConfig
 @pytest.mark.parametrize("num_rows", [9, 700])
 @pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
 def test_graph_replays_of_the_hopper_kernels(quantization: QuantConfig | None, num_rows: int) -> None:
-    """Many replays without a pause: each kernel begins while the one before ends."""
-    layer = on_hopper(quantization=quantization)
-    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7)
-    handle = layer.handle(num_rows)
-    layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = layer.apply(rows, handle=handle, local_ids=ids, topk_weights=weights)
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    routings = torch.randint(-1, 16, (20, num_rows, 2), generator=generator, device=DEVICE, dtype=torch.int32)
-    routings[1], routings[2] = -1, 7
-    outputs = []
-    for routing in routings:
-        ids.copy_(routing)
-        graph.replay()
-        outputs.append(out.clone())
-    for routing, output in zip(routings, outputs, strict=True):
-        expected = layer.apply(rows, local_ids=routing, topk_weights=weights)
-        assert torch.equal(output, expected)
-    for index in (0, 1, 2, 19):
-        assert_close_to_oracle(outputs[index], layer.expected(rows, routings[index], weights), layer.tolerance)
+    check_graph_replays(on_hopper(quantization=quantization), num_rows, num_experts=16)
 
 
 @needs_cuda

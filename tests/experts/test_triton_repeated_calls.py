@@ -17,7 +17,16 @@ from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
 from moe_plugin.kernels.tile_tables import HOPPER, FixedTiles
 from moe_plugin.kernels.tiling import shared_memory_bytes
 from moe_plugin.workspace import WorkspaceArena
-from tests.experts.cases import DEVICE, Layer, backwards, make_config, make_weights, normal, random_ids
+from tests.experts.cases import (
+    DEVICE,
+    Layer,
+    backwards,
+    check_capture_between_calls,
+    make_config,
+    make_weights,
+    normal,
+    random_ids,
+)
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 48}
 SCHEMES = [None, Fp8Block(), Fp8PerToken(), Fp8PerTensor(static_activations=True)]
@@ -195,27 +204,9 @@ def test_a_layer_that_is_gone_leaves_nothing_behind() -> None:
 @by_scheme
 def test_capture_between_eager_calls(quantization: QuantConfig | None) -> None:
     first, second = two_layers(quantization=quantization)
-    rows, ids, weights = first.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
-    outputs = [torch.empty_like(rows) for _ in range(2)]
 
-    def run() -> None:
-        for layer, output in zip((first, second), outputs, strict=True):
-            handle = layer.handle(9)
-            layer.apply(rows, handle=handle, output=output, local_ids=ids, topk_weights=weights)
-            handle.workspace.release()
-
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for step in range(3):
+    def between(step: int) -> None:
         check(first, step, 9)
         check(second, step, 50)
-        rows.normal_()
-        run()
-        expected = [output.clone() for output in outputs]
-        for output in outputs:
-            output.fill_(torch.nan)
-        graph.replay()
-        assert all(map(torch.equal, outputs, expected))
+
+    check_capture_between_calls(first, second, between)
