@@ -17,7 +17,7 @@ from moe_plugin.modular_kernel import (
     ExpertWeights,
     RouterWeightStage,
 )
-from moe_plugin.numerics import FP8_NOISE, FP8_TOLERANCE, TOLERANCES, Tolerance, assert_close_to_oracle
+from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES, Tolerance, assert_close_to_oracle
 from moe_plugin.reference import reference_moe
 from moe_plugin.testing.cases import Weights
 from moe_plugin.workspace import WorkspaceArena
@@ -31,10 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "intermediate_size": 24,
     "max_tokens_per_rank": 64,
 }
-
-
-FEWEST_ROWS = 16
-"""See FP8_TOLERANCE in moe_plugin.numerics."""
 
 
 def make_config(**overrides: Any) -> MoEConfig:
@@ -157,11 +153,6 @@ class Layer:
         """How far a result may be from `expected`."""
         return TOLERANCES[self.config.dtype] if self.config.quantization is None else FP8_TOLERANCE
 
-    def tolerance_of(self, expected: torch.Tensor) -> Tolerance:
-        """`tolerance`; of tensor cores, whose short fp8 sums flip values, less is asked in too few rows to judge by."""
-        few = int(expected.any(dim=-1).sum()) < FEWEST_ROWS
-        return FP8_NOISE if self.config.quantization is not None and DEVICE == "cuda" and few else self.tolerance
-
     def check_standard(
         self, activations: torch.Tensor, local_ids: torch.Tensor, topk_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -171,7 +162,7 @@ class Layer:
         assert out.dtype is self.config.dtype
         assert out.is_contiguous()
         expected = self.expected(activations, local_ids, topk_weights)
-        assert_close_to_oracle(out, expected, self.tolerance_of(expected))
+        assert_close_to_oracle(out, expected, self.tolerance)
         for tensor, copy in zip((activations, local_ids), before, strict=True):
             assert torch.equal(tensor, copy)
         return out
@@ -203,7 +194,7 @@ class Layer:
         assert out.is_contiguous()
         local_ids = used.nonzero()[:, :1].int()
         expected = self.expected(activations[used], local_ids, None)
-        assert_close_to_oracle(out[used], expected, self.tolerance_of(expected))
+        assert_close_to_oracle(out[used], expected, self.tolerance)
         return out
 
 
@@ -228,7 +219,7 @@ def check_graph_replays(layer: Layer, num_rows: int, num_experts: int) -> None:
         assert torch.equal(output, layer.apply(rows, local_ids=routing, topk_weights=weights))
     for index in (0, 1, 2, 19):
         expected = layer.expected(rows, routings[index], weights)
-        assert_close_to_oracle(outputs[index], expected, layer.tolerance_of(expected))
+        assert_close_to_oracle(outputs[index], expected, layer.tolerance)
 
 
 def check_capture_between_calls(first: Layer, second: Layer, between: Callable[[int], object]) -> None:

@@ -75,6 +75,8 @@ if on_gpu:
 gpu_only = pytest.mark.gpu
 cpu_only = pytest.mark.skipif(on_gpu, reason="looks into the double, or takes what only the interpreter runs")
 
+MORE_ROWS = 16 if on_gpu else 1
+"""Times as many rows on tensor cores, whose short fp8 sums flip values: a few rows are too few to judge by."""
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "max_tokens_per_rank": 512}
 KINDS = {"bf16": None, "fp8": Fp8Block()}
 DEEP_GEMM_LAYOUTS = [
@@ -175,8 +177,9 @@ def no_synchronization() -> Iterator[None]:
 @by_layout
 def test_standard(layout: str, quantization: QuantConfig | None) -> None:
     layer = make(layout, quantization=quantization)
-    layer.check_standard(layer.rows(8), random_ids(8, 2, 5), normal(8, 2, seed=7))
-    layer.check_standard(layer.rows(2), random_ids(2, 2, 5))
+    many, few = 8 * MORE_ROWS, 2 * MORE_ROWS
+    layer.check_standard(layer.rows(many), random_ids(many, 2, 5), normal(many, 2, seed=7))
+    layer.check_standard(layer.rows(few), random_ids(few, 2, 5))
     assert layer.experts.counters() == {layout: 2}
 
 
@@ -220,9 +223,9 @@ def test_the_boundary_of_the_rule(quantization: QuantConfig | None) -> None:
     seen = []
     for num_rows in (255, 256, 257):
         before = layer.experts.counters()
-        # Few of the rows are wanted: the rule counts those received.
+        # A part of the rows is wanted: the rule counts those received.
         ids = torch.full((num_rows, 1), -1, dtype=torch.int32, device=DEVICE)
-        ids[::32], ids[-1] = 1, 0
+        ids[:: 32 // MORE_ROWS], ids[-1] = 1, 0
         layer.check_standard(layer.rows(num_rows), ids, normal(num_rows, 1, seed=7))
         after = layer.experts.counters()
         seen += [layout for layout, calls in after.items() if calls > before.get(layout, 0)]
@@ -775,13 +778,16 @@ def test_layers_of_one_configuration_describe_their_launches_once(
 def test_batched_experts_in_one_arena(layout: str, quantization: QuantConfig | None) -> None:
     first, second = two_layers(layout, quantization=quantization)
     kept = []
-    for max_tokens, counts in ((4, [0, 1, 2, 4, 0]), (4, [4, 0, 2, 0, 1]), (128, [3, 0, 0, 1, 2])) * 2:
+    for max_tokens, few in ((4, [0, 1, 2, 4, 0]), (4, [4, 0, 2, 0, 1]), (128, [3, 0, 0, 1, 2])) * 2:
+        counts = [MORE_ROWS * count for count in few]
+        if max_tokens == 4:
+            max_tokens *= MORE_ROWS
         for layer in (first, second):
             batch, expert_num_tokens, used = layer.batch(counts, max_tokens)
             handle = layer.handle(max_tokens)
             out = layer.apply(batch, handle=handle, expert_num_tokens=expert_num_tokens)
             expected = layer.expected(batch[used], used.nonzero()[:, :1].int(), None)
-            assert_close_to_oracle(out[used], expected, layer.tolerance_of(expected))
+            assert_close_to_oracle(out[used], expected, layer.tolerance)
             handle.workspace.release()
             # Other tensors than the next call's, even for what looks at addresses; later calls must not read them.
             kept += [batch.zero_(), expert_num_tokens.zero_()]
