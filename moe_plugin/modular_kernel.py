@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 ID_DTYPES = (torch.int16, torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONTIGUOUS_ALIGNMENT = 128
+"""Rows to which segments of the Contiguous format are padded: what DeepGEMM wants, and wide tiles of the others."""
 
 
 class ActivationFormat(str, enum.Enum):
@@ -42,6 +44,8 @@ class ActivationFormat(str, enum.Enum):
     """[N, H]: received rows in the dispatcher's order; `local_ids` says which experts want each."""
     BATCHED_EXPERTS = "BatchedExperts"
     """[local_experts, max_tokens, H]: the first `expert_num_tokens[e]` rows of slice e are expert e's."""
+    CONTIGUOUS = "Contiguous"
+    """[slots, H]: rows sorted by local expert, segments from multiples of `CONTIGUOUS_ALIGNMENT` to `group_ends`."""
 
 
 class RouterWeightStage(str, enum.Enum):
@@ -85,6 +89,13 @@ class DispatchHandle:
         self.finalized = True
 
 
+_NEEDED = {
+    ActivationFormat.STANDARD: "local_ids",
+    ActivationFormat.BATCHED_EXPERTS: "expert_num_tokens",
+    ActivationFormat.CONTIGUOUS: "group_ends",
+}
+
+
 @dataclass(slots=True, kw_only=True)
 class Dispatched:
     """What Experts computes on.
@@ -96,7 +107,11 @@ class Dispatched:
     topk_weights: fp32 [N, K]; present exactly when Experts applies them.
     expert_num_tokens: int32 [local_experts] on the device; required for BatchedExperts, optional for Standard.
     expert_num_tokens_host: the pairs of each local expert as numbers on the host, where the dispatcher has them anyway.
-    scales: activation scales when the dispatcher quantized, else None.
+    group_ends: int32 [local_experts] on the device, for Contiguous: where each expert's rows end. Its segment starts at
+        the previous end rounded up to `CONTIGUOUS_ALIGNMENT`; that is also the end of an expert without rows.
+    scales: activation scales when the dispatcher quantized, else None; fp32 [N, groups], in Contiguous stored group by
+        group, strides (1, slots).
+    num_rows: Contiguous only: tokens that can have arrived at most, for choosing tiles.
     handle: for finalize.
     """
 
@@ -108,7 +123,9 @@ class Dispatched:
     topk_weights: torch.Tensor | None = None
     expert_num_tokens: torch.Tensor | None = None
     expert_num_tokens_host: Sequence[int] | None = None
+    group_ends: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    num_rows: int | None = None
 
     def __post_init__(self) -> None:
         at_gather = self.router_weight_stage is RouterWeightStage.EXPERTS_GATHER
@@ -116,7 +133,7 @@ class Dispatched:
             raise HandleError(
                 f"topk_weights must travel exactly when experts apply them; stage is {self.router_weight_stage.value}"
             )
-        needed = "local_ids" if self.activation_format is ActivationFormat.STANDARD else "expert_num_tokens"
+        needed = _NEEDED[self.activation_format]
         if getattr(self, needed) is None:
             raise HandleError(f"activation format {self.activation_format.value} needs {needed}")
 
@@ -298,6 +315,13 @@ class PrepareAndFinalize(StrategyPart):
         self.config = config
         self.arena = arena
 
+    def accommodate(self, experts: type[Experts]) -> None:
+        """Told once, before the first call, which Experts class the rows are for.
+
+        A class may then hand over what that one computes on fastest: `experts.activation_formats`,
+        `experts.takes_quantized`. A collective where the class communicates.
+        """
+
     @abc.abstractmethod
     def prepare(
         self,
@@ -358,11 +382,13 @@ class Experts(StrategyPart):
     """The grouped GEMMs and the activation on whatever was dispatched.
 
     activation_formats: what `apply` takes.
+    takes_quantized: `apply` is as fast, or faster, on rows that the dispatcher has quantized as on others.
     rounds_gate_up: the first GEMM's result may be rounded to config.dtype before the activation; see `reference_moe`.
     size_multiple: H and I of all that it runs are multiples of this; the conformance kit makes its layers so.
     """
 
     activation_formats: ClassVar[frozenset[ActivationFormat]] = frozenset({ActivationFormat.STANDARD})
+    takes_quantized: ClassVar[bool] = False
     rounds_gate_up: ClassVar[bool] = False
     size_multiple: ClassVar[int] = 1
 
@@ -386,7 +412,8 @@ class Experts(StrategyPart):
 
         Standard -> [N, H]: for each row the sum over its local experts, weighted when the stage is EXPERTS_GATHER;
         zeros for a row that hits none. BatchedExperts -> [local_experts, max_tokens, H], unweighted; rows past the
-        count are undefined. In `config.dtype`, contiguous.
+        count are undefined. Contiguous -> [slots, H], unweighted; rows outside of segments are undefined. In
+        `config.dtype`, contiguous.
         output: memory of that shape and dtype, contiguous, where finalize would like the result, or None. A class that
             writes there returns `output` itself; one that ignores it returns memory of its own, which costs a copy.
         """
@@ -648,6 +675,7 @@ class ModularKernel(MoELayer):
         self.experts = experts
         self.config = prepare_finalize.config
         self.strategy = f"{prepare_finalize.name}+{experts.name}"
+        prepare_finalize.accommodate(type(experts))
 
     def forward(
         self,

@@ -18,6 +18,9 @@ graph replays with any routing. Where the dispatcher has the counts on the host,
 need and each row names its expert instead; so it does in a DeepGEMM without group ends on the device. Slots come from
 prefix sums; a masked slice has room for every received row, and a token that names an expert twice has one slot for
 both: nothing can overflow. Rows of slots that hold no pair are computed from whatever lies there and never read.
+
+Rows in the Contiguous format lie in such slots already: no scatter and no sum. For fp8 they are quantized row by row,
+unless the dispatcher did it; rows that it quantized are scattered with their scales in the Standard format.
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ from moe_plugin.experts.layout_tables import (
     describe_rule,
     reachable,
 )
-from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
-from moe_plugin.kernels.hopper_tiling import WIDE_ROWS, HopperTiles, hopper_tiles, weights_take_tma
+from moe_plugin.experts.triton_fused_moe import TritonFusedMoE, contiguous_rows
+from moe_plugin.kernels.hopper_tiling import WIDE_ROWS, HopperTile, HopperTiles, hopper_tiles, weights_take_tma
 from moe_plugin.kernels.launch_sequence import LaunchSequence, one_object
 from moe_plugin.kernels.tile_tables import HOPPER
 from moe_plugin.kernels.tiling import cdiv, counting_sort_shapes, next_power_of_2
-from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
+from moe_plugin.modular_kernel import CONTIGUOUS_ALIGNMENT, ActivationFormat, Dispatched, Experts, ExpertWeights
 from moe_plugin.quantization import GROUP_SIZE, UE8M0_PACKED, requantize_weights_ue8m0
 from moe_plugin.verdict import (
     Gate,
@@ -72,7 +75,7 @@ Operand: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
 """A matrix of a GEMM, for fp8 with its scales."""
 Buffers: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-ALIGNMENT = 128
+ALIGNMENT = CONTIGUOUS_ALIGNMENT
 """Rows to which DeepGEMM pads groups, in both layouts; also the row block of wide Hopper tiles."""
 SUPPORTED_SM = (90, 100, 103)
 _UE8M0_SM = 100
@@ -84,7 +87,8 @@ class DeepGemmHybrid(Experts):
 
     name = "deep_gemm_hybrid"
     description = "DeepGEMM grouped GEMMs, masked or contiguous by number of rows, Triton where faster; no host sync"
-    activation_formats = frozenset({ActivationFormat.STANDARD, ActivationFormat.BATCHED_EXPERTS})
+    activation_formats = frozenset(ActivationFormat)
+    takes_quantized = True
     deterministic = True
     rounds_gate_up = True
     size_multiple = GROUP_SIZE
@@ -110,6 +114,7 @@ class DeepGemmHybrid(Experts):
         self._facts = one_object(
             self.name, tuple(config.shared_fields().items()), config.num_local_experts, self._ue8m0
         )
+        self._activation = config.activation.value, config.swiglu_alpha, config.swiglu_limit
         self._calls: Counter[str] = Counter()
 
     @classmethod
@@ -173,11 +178,12 @@ class DeepGemmHybrid(Experts):
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
-        """Standard format, with as many rows as the ranks of the EP group can send to this one, in any layout."""
-        largest: dict[str, int] = {"output": config.max_received_rows * config.hidden_size * config.dtype.itemsize}
-        for layout, rows in reachable(config, config.max_received_rows):
+        """Standard or Contiguous format, with as many rows as the ranks of the EP group can send to this one."""
+        most = config.max_received_rows
+        largest: dict[str, int] = {"output": most * config.hidden_size * config.dtype.itemsize}
+        for layout, rows in {*reachable(config, most), *reachable(config, most, None, ActivationFormat.CONTIGUOUS)}:
             if layout == TRITON_FUSED_MOE:
-                needs = dict(TritonFusedMoE.memory(config))
+                needs = dict(TritonFusedMoE.memory_of_rows(config, rows))
             else:
                 # Without psum, as calls with counts on the host are: that takes one buffer more.
                 masked = layout == MASKED
@@ -211,6 +217,8 @@ class DeepGemmHybrid(Experts):
         """See Experts.apply. Without `output` the result lies in `workspace`."""
         if dispatched.activation_format is ActivationFormat.BATCHED_EXPERTS:
             return self._apply_batched(dispatched, workspace, output)
+        if dispatched.activation_format is ActivationFormat.CONTIGUOUS:
+            return self._apply_contiguous(dispatched, workspace, output)
         return self._apply_standard(dispatched, workspace, output)
 
     def warm_up_steps(self, arena: WorkspaceArena) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -260,17 +268,18 @@ class DeepGemmHybrid(Experts):
         if layout == TRITON_FUSED_MOE:
             return self._triton.apply(dispatched, workspace, output)
         if layout == MASKED:
-            self._run_masked(dispatched.activations, local_ids, dispatched.topk_weights, output, workspace)
+            self._run_masked(dispatched, local_ids, output, workspace)
         else:
             self._run_contiguous(layout, dispatched, local_ids, output, workspace)
         return output
 
     def _standard_layout(self, num_rows: int, dispatched: Dispatched) -> str:
         """What the rule says, or what comes nearest to it of the things that this machine and call can do."""
-        layout = self.layouts.standard(num_rows)
-        if dispatched.scales is not None:
-            # Rows that were quantized before dispatch keep their scales, which only the fused experts gather.
-            return TRITON_FUSED_MOE
+        return self._possible(self.layouts.standard(num_rows), dispatched.scales)
+
+    def _possible(self, layout: str, scales: torch.Tensor | None) -> str:
+        if scales is not None and (self._ue8m0 or not self._triton.takes_scales(scales)):
+            return TRITON_FUSED_MOE  # scales that are no powers of two, or of other groups than 128 columns
         if layout in (CONTIGUOUS_TRITON_GATE_UP, CONTIGUOUS_TRITON_DOWN) and not self.has_wide_tiles:
             return CONTIGUOUS
         return layout
@@ -291,8 +300,8 @@ class DeepGemmHybrid(Experts):
         output: torch.Tensor,
         workspace: Workspace,
     ) -> None:
-        config, weights, triton = self.config, self.weights, self._triton
-        x, router_weights = dispatched.activations, dispatched.topk_weights
+        config = self.config
+        x, scales, router_weights = dispatched.activations, dispatched.scales, dispatched.topk_weights
         num_rows, top_k = local_ids.shape
         host_counts = dispatched.expert_num_tokens_host
         psum = host_counts is None and "psum" in self._library.features
@@ -313,58 +322,33 @@ class DeepGemmHybrid(Experts):
             sort = {name: b[name] for name in names}
             launches = [
                 *counting_sort_launches(local_ids, config.num_local_experts, ALIGNMENT, sorted_pairs=None, **sort),
-                *permute_rows_launches(x, b["slot_of_pair"], b["activations"], b.get("activation_scale")),
+                *permute_rows_launches(
+                    x, b["slot_of_pair"], b["activations"], b.get("activation_scale"), x_scales=scales
+                ),
             ]
             return launches + gate_up() if triton_gate_up else launches
 
         def gate_up() -> list[Launch]:
-            from moe_plugin.kernels.hopper_gemm import SlotBlocks, gate_up_activation_launches
-
-            scales, _ = triton.hopper_scales(b.get("activation_scale"), b.get("intermediate_scale"))
             tile = self._wide_tiles(num_rows).gate_up
-            blocks = SlotBlocks(b["block_expert"], b["num_blocks"])
-            return gate_up_activation_launches(
-                b["activations"],
-                weights.w13,
-                None,
-                b["intermediate"],
-                blocks,
-                tile,
-                config,
-                triton.num_sms,
-                scales,
-            )
+            return self._gate_up(b["activations"], b.get("activation_scale"), b, tile)
 
         def activate() -> list[Launch]:
             from moe_plugin.kernels.gated_activation import ContiguousRows, gated_activation_launches
 
             rows = ContiguousRows(b["block_expert"], b["group_ends"], ALIGNMENT)
             launches = gated_activation_launches(
-                b["gate_up"],
-                b["intermediate"],
-                b.get("intermediate_scale"),
-                rows,
-                config.activation.value,
-                config.swiglu_alpha,
-                config.swiglu_limit,
+                b["gate_up"], b["intermediate"], b.get("intermediate_scale"), rows, *self._activation
             )
             return launches + down() if triton_down else launches
 
         def down() -> list[Launch]:
-            from moe_plugin.kernels.hopper_gemm import SlotBlocks, down_launches
-
-            _, scales = triton.hopper_scales(b.get("activation_scale"), b.get("intermediate_scale"))
-            tile = self._wide_tiles(num_rows).down
-            blocks = SlotBlocks(b["block_expert"], b["num_blocks"])
-            return down_launches(
-                b["intermediate"], weights.w2, None, b["slot_output"], blocks, tile, triton.num_sms, scales
-            )
+            return self._down(b, b["slot_output"], self._wide_tiles(num_rows).down)
 
         def add_up() -> list[Launch]:
             return _row_sum(b["slot_output"], b["slot_of_pair"], router_weights, output)
 
-        moving = triton.weight_tensors if triton_gate_up or triton_down else []
-        self._launch((kind, "scatter"), [x, local_ids, *(moving if triton_gate_up else [])], workspace, scatter)
+        moving = self._triton.weight_tensors if triton_gate_up or triton_down else []
+        self._launch((kind, "scatter"), [x, scales, local_ids, *(moving if triton_gate_up else [])], workspace, scatter)
         groups = b["group_ends"] if psum else b["row_expert"]
         if not psum:
             groups.view(-1, ALIGNMENT).copy_(b["block_expert"][:, None])
@@ -376,14 +360,128 @@ class DeepGemmHybrid(Experts):
             multiply(b.operand("intermediate"), self._w2, b["slot_output"], groups, psum=psum)
         self._launch((kind, "add up"), [router_weights, output], workspace, add_up)
 
-    def _run_masked(
+    def _gate_up(self, x: torch.Tensor, x_scale: torch.Tensor | None, b: _Buffers, tile: HopperTile) -> list[Launch]:
+        """The first GEMM and the activation of rows in the blocks of `b`. x_scale: group by group."""
+        from moe_plugin.kernels.hopper_gemm import SlotBlocks, gate_up_activation_launches
+
+        triton, blocks = self._triton, SlotBlocks(b["block_expert"], b["num_blocks"])
+        scales, _ = triton.hopper_scales(x_scale, b.get("intermediate_scale"))
+        return gate_up_activation_launches(
+            x, self.weights.w13, None, b["intermediate"], blocks, tile, self.config, triton.num_sms, scales
+        )
+
+    def _down(self, b: _Buffers, out: torch.Tensor, tile: HopperTile) -> list[Launch]:
+        """The second GEMM, likewise."""
+        from moe_plugin.kernels.hopper_gemm import SlotBlocks, down_launches
+
+        triton, blocks = self._triton, SlotBlocks(b["block_expert"], b["num_blocks"])
+        intermediate_scale = b.get("intermediate_scale")
+        _, scales = triton.hopper_scales(intermediate_scale, intermediate_scale)
+        return down_launches(b["intermediate"], self.weights.w2, None, out, blocks, tile, triton.num_sms, scales)
+
+    def _apply_contiguous(
+        self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None
+    ) -> torch.Tensor:
+        config, x, scales, group_ends = self.config, dispatched.activations, dispatched.scales, dispatched.group_ends
+        assert group_ends is not None
+        slots, hidden = x.shape
+        if output is None:
+            output = workspace.tensor("slot_output", (slots, hidden), config.dtype)
+        if slots == 0 or config.num_local_experts == 0:
+            return output
+        num_rows = contiguous_rows(config, dispatched)
+        layout = self._possible(self.layouts.contiguous(num_rows), scales)
+        if not _lie_right(x, None if scales is None else scales.T, output):
+            layout = TRITON_FUSED_MOE
+        self._calls[layout] += 1
+        if layout == TRITON_FUSED_MOE:
+            return self._triton.apply(dispatched, workspace, output)
+        self._run_segments(layout, dispatched, group_ends, num_rows, output, workspace)
+        return output
+
+    def _run_segments(
         self,
-        x: torch.Tensor,
-        local_ids: torch.Tensor,
-        router_weights: torch.Tensor | None,
+        layout: str,
+        dispatched: Dispatched,
+        group_ends: torch.Tensor,
+        num_rows: int,
         output: torch.Tensor,
         workspace: Workspace,
     ) -> None:
+        """A contiguous layout on rows that lie in it."""
+        x, scales, slots = dispatched.activations, dispatched.scales, len(output)
+        psum = "psum" in self._library.features
+        quantizes = self._is_fp8 and scales is None
+        kind = (self._facts, "segments", layout, num_rows, slots, quantizes)
+        triton_gate_up, triton_down = layout == CONTIGUOUS_TRITON_GATE_UP, layout == CONTIGUOUS_TRITON_DOWN
+        lists_first = triton_gate_up or not psum
+
+        def make() -> _Buffers:
+            return _Buffers(workspace, segment_buffers(self.config, slots, self._ue8m0, psum, quantizes))
+
+        b = workspace.cached(kind, make)
+        rows = b["activations"] if quantizes else x
+        x_scale = b["activation_scale"] if quantizes else None if scales is None else scales.T
+
+        def list_blocks() -> list[Launch]:
+            from moe_plugin.kernels.row_blocks import contiguous_blocks_launches
+
+            return contiguous_blocks_launches(
+                group_ends,
+                ALIGNMENT,
+                ALIGNMENT,
+                block_expert=b["block_expert"],
+                block_row=None,
+                num_blocks=b["num_blocks"],
+            )
+
+        def begin() -> list[Launch]:
+            from moe_plugin.kernels.quantize_rows import quantize_rows_launches
+
+            launches = list_blocks() if lists_first else []
+            if quantizes:
+                assert x_scale is not None
+                launches += quantize_rows_launches(x, rows, x_scale.T, group_ends=group_ends, alignment=ALIGNMENT)
+            if triton_gate_up:
+                launches += self._gate_up(rows, x_scale, b, self._wide_tiles(num_rows).gate_up)
+            return launches
+
+        def activate() -> list[Launch]:
+            from moe_plugin.kernels.gated_activation import GroupedRows, gated_activation_launches
+
+            launches = gated_activation_launches(
+                b["gate_up"],
+                b["intermediate"],
+                b.get("intermediate_scale"),
+                GroupedRows(group_ends, ALIGNMENT),
+                *self._activation,
+            )
+            if triton_down:
+                listing = [] if lists_first else list_blocks()
+                launches = [*listing, *launches, *self._down(b, output, self._wide_tiles(num_rows).down)]
+            return launches
+
+        moving = self._triton.weight_tensors
+        if lists_first or quantizes:
+            given = [x, scales, group_ends, *(moving if triton_gate_up else [])]
+            self._launch((kind, "begin"), given, workspace, begin)
+        groups = group_ends
+        if not psum:
+            groups = b["row_expert"]
+            groups.view(-1, ALIGNMENT).copy_(b["block_expert"][:, None])
+        multiply = self._library.grouped_gemm_contiguous
+        if not triton_gate_up:
+            operand: Operand = rows if x_scale is None else (rows, x_scale.T)
+            multiply(operand, self._w13, b["gate_up"], groups, psum=psum)
+            given = [group_ends, *([output, *moving] if triton_down else [])]
+            self._launch((kind, "activate"), given, workspace, activate)
+        if not triton_down:
+            multiply(b.operand("intermediate"), self._w2, output, groups, psum=psum)
+
+    def _run_masked(
+        self, dispatched: Dispatched, local_ids: torch.Tensor, output: torch.Tensor, workspace: Workspace
+    ) -> None:
+        x, scales, router_weights = dispatched.activations, dispatched.scales, dispatched.topk_weights
         config = self.config
         num_rows, top_k = local_ids.shape
         kind = (self._facts, MASKED, num_rows, top_k)
@@ -402,13 +500,15 @@ class DeepGemmHybrid(Experts):
             counts = b["expert_num_tokens"]
             return [
                 *masked_slots_launches(local_ids, rows, slot_of_pair=slots, expert_num_tokens=counts),
-                *permute_rows_launches(x, slots, b["activations"].flatten(0, 1), b.get("activation_scale")),
+                *permute_rows_launches(
+                    x, slots, b["activations"].flatten(0, 1), b.get("activation_scale"), x_scales=scales
+                ),
             ]
 
         def add_up() -> list[Launch]:
             return _row_sum(b["slot_output"].flatten(0, 1), slots, router_weights, output)
 
-        self._launch((kind, "scatter"), [x, local_ids], workspace, scatter)
+        self._launch((kind, "scatter"), [x, scales, local_ids], workspace, scatter)
         self._multiply_masked(
             kind, b, b.operand("activations"), b["expert_num_tokens"], self._expected_rows(num_rows), workspace
         )
@@ -425,7 +525,6 @@ class DeepGemmHybrid(Experts):
         output: torch.Tensor | None = None,
     ) -> None:
         """Both GEMMs and the activation on the first num_rows[e] rows of each slice, to `output` or slot_output."""
-        config = self.config
 
         def activate() -> list[Launch]:
             from moe_plugin.kernels.gated_activation import MaskedRows, gated_activation_launches
@@ -435,9 +534,7 @@ class DeepGemmHybrid(Experts):
                 b["intermediate"].flatten(0, 1),
                 b.get("intermediate_scale"),
                 MaskedRows(num_rows, b["gate_up"].shape[1]),
-                config.activation.value,
-                config.swiglu_alpha,
-                config.swiglu_limit,
+                *self._activation,
             )
 
         multiply = self._library.grouped_gemm_masked
@@ -494,7 +591,7 @@ class DeepGemmHybrid(Experts):
 
             self._launch((kind, "quantize"), [x, counts], workspace, quantize)
             return b.operand("activations")
-        lies_right = max_tokens % ALIGNMENT == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
+        lies_right = max_tokens % ALIGNMENT == 0 and _lie_right(x)
         if not lies_right:
             b["activations"][:, :max_tokens].copy_(x)
         rows = x if lies_right else b["activations"]
@@ -547,8 +644,9 @@ class _Buffers:
         self._tensors = {name: workspace.tensor(name, *spec) for name, spec in buffers.items()}
         self._operands: dict[str, Operand] = {}
         for name, scale in (("activations", "activation_scale"), ("intermediate", "intermediate_scale")):
-            rows, scales = self._tensors[name], self._tensors.get(scale)
-            self._operands[name] = rows if scales is None else (rows, scales.mT)
+            if name in self._tensors:
+                rows, scales = self._tensors[name], self._tensors.get(scale)
+                self._operands[name] = rows if scales is None else (rows, scales.mT)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -585,6 +683,17 @@ def contiguous_buffers(
     return buffers | _gemm_buffers(config, (slots,), ue8m0)
 
 
+def segment_buffers(config: MoEConfig, slots: int, ue8m0: bool, psum: bool, quantizes: bool) -> Buffers:
+    """The same for the Contiguous format. quantizes: rows are to be quantized, and copied for that."""
+    buffers: Buffers = {"block_expert": ((slots // ALIGNMENT,), torch.int32), "num_blocks": ((1,), torch.int32)}
+    if not psum:
+        buffers["row_expert"] = (slots,), torch.int32
+    for name, spec in _gemm_buffers(config, (slots,), ue8m0).items():
+        if name != "slot_output" and (quantizes or not name.startswith("activation")):
+            buffers[name] = spec
+    return buffers
+
+
 def masked_buffers(config: MoEConfig, num_rows: int, top_k: int | None = None, ue8m0: bool = False) -> Buffers:
     """The same for the masked layout: room for every received row in the slice of every expert."""
     experts = config.num_local_experts
@@ -614,6 +723,11 @@ def _gemm_buffers(config: MoEConfig, rows: tuple[int, ...], ue8m0: bool) -> Buff
             shape = (*rows[:-1], cdiv(groups, UE8M0_PACKED) if ue8m0 else groups, rows[-1])
             buffers[name] = shape, torch.int32 if ue8m0 else torch.float32
     return buffers
+
+
+def _lie_right(*tensors: torch.Tensor | None) -> bool:
+    """Whether DeepGEMM can take them where they lie."""
+    return all(each is None or (each.is_contiguous() and each.data_ptr() % 16 == 0) for each in tensors)
 
 
 def _row_sum(

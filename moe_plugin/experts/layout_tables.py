@@ -19,6 +19,10 @@ experts/tables. Schema `moe_plugin.layouts/1`:
 Where there is no entry, Standard is masked up to 256 rows and contiguous above, the threshold of RTP-LLM's bf16
 executor, and BatchedExperts is masked: there the rows lie so already. The last entry holds on for any more rows.
 
+Contiguous rows lie in the slots of the contiguous layouts already, so they are never masked. They have no entries of
+their own: where Standard rows would be masked they take the fastest other layout that was measured beside it, else
+contiguous; elsewhere the same as Standard rows, of which they may be as many at most.
+
 Example, Standard entries triton_fused_moe for 64 rows and contiguous for 2048: up to 31 rows -> masked (the rule), 32
 to 128 -> triton_fused_moe, 129 to 256 -> masked (the rule), 257 and more -> contiguous (the rule, from 1024 the entry).
 """
@@ -62,7 +66,7 @@ LAYOUTS_OF: Mapping[ActivationFormat, tuple[str, ...]] = {
     ActivationFormat.STANDARD: LAYOUTS,
     ActivationFormat.BATCHED_EXPERTS: (MASKED, TRITON_FUSED_MOE),
 }
-"""The layouts that calls in each activation format can take."""
+"""The layouts that entries of tables can have, by the activation formats that they are for."""
 
 SCHEMA = "moe_plugin.layouts/1"
 SHIPPED = Path(__file__).with_name("tables")
@@ -73,9 +77,14 @@ _NO_DEVICE = "no device"
 
 def default_layout(activation_format: ActivationFormat, rows: int) -> str:
     """The layout of a call for which nothing was measured. rows: as in LayoutEntry."""
-    if activation_format is ActivationFormat.BATCHED_EXPERTS or rows <= MASKED_ROWS:
+    if activation_format is ActivationFormat.BATCHED_EXPERTS:
         return MASKED
-    return CONTIGUOUS
+    return MASKED if rows <= MASKED_ROWS and activation_format is ActivationFormat.STANDARD else CONTIGUOUS
+
+
+def _table_format(activation_format: ActivationFormat) -> ActivationFormat:
+    """The one whose entries calls in `activation_format` take."""
+    return ActivationFormat.STANDARD if activation_format is ActivationFormat.CONTIGUOUS else activation_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +128,7 @@ class LayoutTable(MeasuredTable[LayoutEntry]):
     def entry_from_data(data: Mapping[str, Any], versions: Mapping[str, str]) -> LayoutEntry:
         where = f"entry {data['rows']}"
         name, layout = (read_field(data, field, str, where) for field in ("activation_format", "layout"))
-        known = {each.value: each for each in ActivationFormat}
+        known = {each.value: each for each in LAYOUTS_OF}
         if name not in known:
             raise ConfigError(f"{where}: activation_format must be one of {', '.join(known)}, got {name!r}")
         measured = read_field(data, "microseconds", dict, where)
@@ -175,12 +184,23 @@ class LayoutLookup:
             ActivationFormat.BATCHED_EXPERTS, max_tokens
         )
 
+    def contiguous(self, num_rows: int) -> str:
+        """For the Contiguous format of at most `num_rows` >= 1 received rows: one of LAYOUTS, but not masked."""
+        return self._known.get((ActivationFormat.CONTIGUOUS, num_rows)) or self._search(
+            ActivationFormat.CONTIGUOUS, num_rows
+        )
+
     def choose(self, activation_format: ActivationFormat, rows: int) -> LayoutChoice:
-        """What `standard` or `batched` returns, with its origin."""
+        """What `standard`, `batched` or `contiguous` returns, with its origin."""
         for found in self._tables:
-            entry = found.table.nearest_entry(activation_format.value, rows)
-            if entry is not None:
-                return LayoutChoice(entry.layout, entry, found.source)
+            entry = found.table.nearest_entry(_table_format(activation_format).value, rows)
+            if entry is None:
+                continue
+            layout = entry.layout
+            if activation_format is ActivationFormat.CONTIGUOUS and layout == MASKED:
+                others = {other: time for other, time in entry.microseconds.items() if other != MASKED}
+                layout = min(others, key=lambda other: others[other], default=CONTIGUOUS)
+            return LayoutChoice(layout, entry, found.source)
         return LayoutChoice(default_layout(activation_format, rows))
 
     def ranges(self, activation_format: ActivationFormat, max_rows: int) -> list[tuple[str, int]]:
@@ -208,7 +228,8 @@ class LayoutLookup:
         """Every number of rows that may be the last one of its choice."""
         yield MASKED_ROWS
         for found in self._tables:
-            known = [e.rows for e in found.table.entries if e.activation_format is activation_format]
+            wanted = _table_format(activation_format)
+            known = [e.rows for e in found.table.entries if e.activation_format is wanted]
             for rows in known:
                 yield from (-(-rows // REACH) - 1, REACH * rows)
             for one, next_one in pairwise(known):
@@ -226,7 +247,7 @@ class LayoutLookup:
 
 
 class FixedLayout(LayoutLookup):
-    """The same layout for every call that can take it, for measuring it; in BatchedExperts masked for the others.
+    """The same layout for every call that can take it, for measuring it; for the others what is so without an entry.
 
     Raises ConfigError for a name that is not one of LAYOUTS.
     """
@@ -243,8 +264,14 @@ class FixedLayout(LayoutLookup):
     def batched(self, max_tokens: int) -> str:
         return self.choose(ActivationFormat.BATCHED_EXPERTS, max_tokens).layout
 
+    def contiguous(self, num_rows: int) -> str:
+        return self.choose(ActivationFormat.CONTIGUOUS, num_rows).layout
+
     def choose(self, activation_format: ActivationFormat, rows: int) -> LayoutChoice:
-        fits = self._layout in LAYOUTS_OF[activation_format]
+        if activation_format is ActivationFormat.CONTIGUOUS:
+            fits = self._layout != MASKED
+        else:
+            fits = self._layout in LAYOUTS_OF[activation_format]
         return LayoutChoice(self._layout if fits else default_layout(activation_format, rows))
 
 

@@ -1,9 +1,9 @@
 """Triton grouped GEMMs with the activation, the biases and, for fp8, the quantization in their epilogues.
 
 Standard: counting sort of the (row, k) pairs, gate-up GEMM gathering its rows, down GEMM, and per row the sum over k of
-its slots, where router weights are applied. BatchedExperts: the same two GEMMs on the rows where they lie, on Hopper
-over a list of the blocks that hold any. For fp8 the
-rows are quantized first, once each, unless the dispatcher already did. Nothing is read back by the host.
+its slots, where router weights are applied. BatchedExperts and Contiguous: the same two GEMMs on the rows where they
+lie, over a list of the blocks that hold any (but not in BatchedExperts off Hopper). For fp8 the rows are quantized
+first, once each, unless the dispatcher already did. Nothing is read back by the host.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from moe_plugin.kernels.tiling import (
     counting_sort_shapes,
     shared_memory_bytes,
 )
-from moe_plugin.modular_kernel import ActivationFormat, Dispatched, Experts, ExpertWeights
+from moe_plugin.modular_kernel import CONTIGUOUS_ALIGNMENT, ActivationFormat, Dispatched, Experts, ExpertWeights
 from moe_plugin.quantization import GROUP_SIZE, has_static_activations, input_group_size
 from moe_plugin.verdict import (
     QUANTIZATIONS,
@@ -55,7 +55,7 @@ from moe_plugin.verdict import (
 from moe_plugin.workspace import Workspace
 
 if TYPE_CHECKING:
-    from moe_plugin.kernels.grouped_gemm import BatchedRows, SortedRows
+    from moe_plugin.kernels.grouped_gemm import BatchedRows, ListedRows, SortedRows
     from moe_plugin.kernels.hopper_gemm import Fp8Scales
     from moe_plugin.kernels.launcher import Launch
 
@@ -69,7 +69,8 @@ class TritonFusedMoE(Experts):
 
     name = "triton_fused_moe"
     description = "Triton grouped GEMMs, activation and quantization fused; no host sync"
-    activation_formats = frozenset({ActivationFormat.STANDARD, ActivationFormat.BATCHED_EXPERTS})
+    activation_formats = frozenset(ActivationFormat)
+    takes_quantized = True
     deterministic = True
 
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
@@ -103,7 +104,7 @@ class TritonFusedMoE(Experts):
 
     @property
     def kernels(self) -> str:
-        """Which grouped GEMMs run where rows come unquantized in the Standard format: "hopper" or "portable"."""
+        """Which grouped GEMMs run in the Standard format: "hopper" or "portable"."""
         return HOPPER if self._hopper else PORTABLE
 
     @classmethod
@@ -118,13 +119,22 @@ class TritonFusedMoE(Experts):
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
-        """Standard format, with as many rows as the ranks of the EP group can send to this one."""
-        num_rows = config.max_received_rows
+        """Standard or Contiguous format, with as many rows as the ranks of the EP group can send to this one."""
+        return cls.memory_of_rows(config, config.max_received_rows)
+
+    @staticmethod
+    def memory_of_rows(config: MoEConfig, num_rows: int) -> Mapping[str, int]:
+        """The same for calls of up to `num_rows` received rows."""
         buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         # Which kernels run, and in which tiles, depends on the machine: the largest need counts.
         for kernels, rows, rows_of_block in largest_calls(config, num_rows):
             needs = hopper_buffers if kernels == HOPPER else standard_buffers
-            for name, spec in needs(config, rows, config.top_k, rows_of_block).items():
+            slots = contiguous_slots(config, rows)
+            for name, spec in (
+                *needs(config, rows, config.top_k, rows_of_block).items(),
+                *segment_buffers(config, slots, rows_of_block).items(),
+                ("slot_output", ((slots, config.hidden_size), config.dtype)),
+            ):
                 buffers[name] = max(buffers.get(name, spec), spec, key=lambda each: prod(each[0]))
         buffers["output"] = ((num_rows, config.hidden_size), config.dtype)
         return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in buffers.items()}
@@ -139,7 +149,13 @@ class TritonFusedMoE(Experts):
         """See Experts.apply. Without `output` the result lies in `workspace`."""
         if dispatched.activation_format is ActivationFormat.BATCHED_EXPERTS:
             return self._apply_batched(dispatched, workspace, output)
+        if dispatched.activation_format is ActivationFormat.CONTIGUOUS:
+            return self._apply_contiguous(dispatched, workspace, output)
         return self._apply_standard(dispatched, workspace, output)
+
+    def takes_scales(self, scales: torch.Tensor | None) -> bool:
+        """Whether scales that came with the rows, if any, are those that the rows would be given here."""
+        return scales is None or (scales.shape[-1] == input_groups(self.config) and scales.dtype is torch.float32)
 
     def _apply_standard(
         self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None
@@ -151,7 +167,7 @@ class TritonFusedMoE(Experts):
             output = workspace.tensor("output", (num_rows, config.hidden_size), config.dtype)
         if num_rows == 0 or self.weights.w13.shape[0] == 0:
             return output.zero_()
-        on_hopper = self._hopper and dispatched.scales is None
+        on_hopper = self._hopper and self.takes_scales(dispatched.scales)
         tiles, kind = self._plan(HOPPER if on_hopper else PORTABLE, num_rows)
 
         def launches() -> list[Launch]:
@@ -172,6 +188,8 @@ class TritonFusedMoE(Experts):
                 PORTABLE: self.tiles.portable,
                 _BATCHED: self.tiles.batched,
                 _BATCHED_HOPPER: self._batched_tiles,
+                _CONTIGUOUS: self.tiles.portable,
+                _CONTIGUOUS_HOPPER: self.tiles.hopper,
             }
             tiles = lookups[kernels](num_rows)
             plan = tiles, one_object(kernels, tiles, self._facts)
@@ -228,7 +246,8 @@ class TritonFusedMoE(Experts):
         output: torch.Tensor,
         tiles: HopperTiles,
     ) -> list[Launch]:
-        """Rows are copied to slot order first (and quantized on the way), so that TMA can load them in tiles."""
+        """Rows are copied to slot order first, so that TMA can load them in tiles; fp8: quantized on the way, or moved
+        with the scales that they came with."""
         from moe_plugin.kernels import hopper_gemm
         from moe_plugin.kernels.counting_sort import counting_sort_launches
         from moe_plugin.kernels.quantize_rows import permute_rows_launches
@@ -247,7 +266,14 @@ class TritonFusedMoE(Experts):
             *counting_sort_launches(
                 local_ids, config.num_local_experts, tiles.block_x, **sort_buffers, group_ends=row_ends
             ),
-            *permute_rows_launches(dispatched.activations, slots, x, x_scale, static_scale=weights.a13_scale),
+            *permute_rows_launches(
+                dispatched.activations,
+                slots,
+                x,
+                x_scale,
+                static_scale=weights.a13_scale,
+                x_scales=dispatched.scales,
+            ),
             *hopper_gemm.gate_up_activation_launches(
                 x, weights.w13, weights.w13_bias, inner, blocks, tiles.gate_up, config, num_sms, gate_up
             ),
@@ -288,8 +314,13 @@ class TritonFusedMoE(Experts):
             output = workspace.tensor("output", shape, config.dtype)
         if output.numel() == 0:
             return output
-        on_hopper = self._hopper and dispatched.scales is None and _takes_tma(dispatched.activations, output)
+        x, scales = dispatched.activations, dispatched.scales
+        on_hopper = self._hopper and self.takes_scales(scales) and _takes_tma(x, output)
         tiles, kind = self._plan(_BATCHED_HOPPER if on_hopper else _BATCHED, shape[1])
+        if isinstance(tiles, HopperTiles) and scales is not None:
+            # Whichever way they lie, to where the rows would be given them here.
+            by_group = workspace.tensor("activation_scale", (scales.shape[2], shape[0] * shape[1]), torch.float32)
+            by_group.unflatten(1, shape[:2]).permute(1, 2, 0).copy_(scales)
 
         def launches() -> list[Launch]:
             from moe_plugin.kernels.grouped_gemm import BatchedRows
@@ -300,9 +331,72 @@ class TritonFusedMoE(Experts):
             rows = BatchedRows(expert_num_tokens, shape[1])
             return self._gemm_launches(dispatched, buffers, output, rows, tiles)
 
-        tensors = (dispatched.activations, expert_num_tokens, dispatched.scales, output)
-        self._run(kind, shape, tensors, workspace, launches)
+        self._run(kind, shape, (x, expert_num_tokens, scales, output), workspace, launches)
         return output
+
+    def _apply_contiguous(
+        self, dispatched: Dispatched, workspace: Workspace, output: torch.Tensor | None
+    ) -> torch.Tensor:
+        config, x, scales, group_ends = self.config, dispatched.activations, dispatched.scales, dispatched.group_ends
+        assert group_ends is not None
+        shape = tuple(x.shape)
+        if output is None:
+            output = workspace.tensor("slot_output", shape, config.dtype)
+        if output.numel() == 0 or self.weights.w13.shape[0] == 0:
+            return output
+        on_hopper = self._hopper and self.takes_scales(scales) and _takes_tma(x, output)
+        on_hopper = on_hopper and (scales is None or _takes_tma(scales.T))
+        tiles, kind = self._plan(_CONTIGUOUS_HOPPER if on_hopper else _CONTIGUOUS, contiguous_rows(config, dispatched))
+
+        def launches() -> list[Launch]:
+            return self._contiguous_launches(dispatched, group_ends, workspace, output, tiles)
+
+        self._run(kind, shape, (x, group_ends, scales, output), workspace, launches)
+        return output
+
+    def _contiguous_launches(
+        self,
+        dispatched: Dispatched,
+        group_ends: torch.Tensor,
+        workspace: Workspace,
+        output: torch.Tensor,
+        tiles: Tiles,
+    ) -> list[Launch]:
+        from moe_plugin.kernels import hopper_gemm
+        from moe_plugin.kernels.grouped_gemm import ListedRows
+        from moe_plugin.kernels.row_blocks import contiguous_blocks_launches
+
+        config, weights, num_sms, block_x = self.config, self.weights, self.num_sms, block_rows(tiles)
+        quantizes = config.quantization is not None and dispatched.scales is None
+        buffers = _tensors(workspace, segment_buffers(config, len(output), block_x, quantizes))
+        block_expert, block_row, num_blocks = (buffers[name] for name in ("block_expert", "block_row", "num_blocks"))
+        listing = contiguous_blocks_launches(
+            group_ends,
+            CONTIGUOUS_ALIGNMENT,
+            block_x,
+            block_expert=block_expert,
+            block_row=block_row,
+            num_blocks=num_blocks,
+        )
+        if isinstance(tiles, PortableTiles):
+            rows = ListedRows(block_expert, block_row, group_ends)
+            return [*listing, *self._gemm_launches(dispatched, buffers, output, rows, tiles)]
+        x, x_scale, quantization = self._quantized(dispatched, buffers)
+        by_group = None if x_scale is None or x_scale.dim() == 1 else x_scale.T
+        gate_up, down = self.hopper_scales(by_group, buffers.get("intermediate_scale"))
+        inner = buffers["intermediate"]
+        # Blocks as large as the alignment of segments lie one after another.
+        places = None if block_x == CONTIGUOUS_ALIGNMENT else block_row
+        blocks = hopper_gemm.SlotBlocks(block_expert, num_blocks, places, group_ends)
+        new_blocks = replace(blocks, is_new=not quantization)
+        return [
+            *listing,
+            *quantization,
+            *hopper_gemm.gate_up_activation_launches(
+                x, weights.w13, weights.w13_bias, inner, new_blocks, tiles.gate_up, config, num_sms, gate_up
+            ),
+            *hopper_gemm.down_launches(inner, weights.w2, weights.w2_bias, output, blocks, tiles.down, num_sms, down),
+        ]
 
     def _batched_tiles(self, max_tokens: int) -> Tiles:
         """For the Hopper kernels where a block of theirs fits, else for the portable ones."""
@@ -320,18 +414,22 @@ class TritonFusedMoE(Experts):
         tiles: HopperTiles,
     ) -> list[Launch]:
         from moe_plugin.kernels import hopper_gemm
-        from moe_plugin.kernels.batched_blocks import batched_blocks_launches
         from moe_plugin.kernels.quantize_rows import quantize_rows_launches
+        from moe_plugin.kernels.row_blocks import batched_blocks_launches
 
         config, weights, num_sms = self.config, self.weights, self.num_sms
         experts, max_tokens, _ = dispatched.activations.shape
-        buffers = _tensors(workspace, batched_hopper_buffers(config, experts, max_tokens, tiles.block_x))
+        needed = dict(batched_hopper_buffers(config, experts, max_tokens, tiles.block_x))
+        quantizes = config.quantization is not None and dispatched.scales is None
+        if not quantizes:
+            needed.pop("activations", None)
+        buffers = _tensors(workspace, needed)
         names = ("block_expert", "block_row", "row_ends", "num_blocks")
         launches = batched_blocks_launches(
             expert_num_tokens, max_tokens, tiles.block_x, **{name: buffers[name] for name in names}
         )
         x, x_scale = dispatched.activations, buffers.get("activation_scale")
-        if config.quantization is not None:
+        if quantizes:
             x = buffers["activations"]
             # Group by group, each expert's rows one after the other.
             scales = None if x_scale is None else x_scale.unflatten(1, (experts, max_tokens)).permute(1, 2, 0)
@@ -371,7 +469,7 @@ class TritonFusedMoE(Experts):
         dispatched: Dispatched,
         buffers: Mapping[str, torch.Tensor],
         out: torch.Tensor,
-        rows: SortedRows | BatchedRows,
+        rows: SortedRows | BatchedRows | ListedRows,
         tiles: PortableTiles,
     ) -> list[Launch]:
         """Quantization and both GEMMs, to one row of `out` per slot."""
@@ -420,18 +518,25 @@ class TritonFusedMoE(Experts):
             return activations, dispatched.scales, []
         scales = None if static_scale is not None else buffers["activation_scale"]
         # In the Standard format all rows are some expert's, or not there.
-        expert_num_tokens = dispatched.expert_num_tokens if activations.dim() == 3 else None
+        expert_num_tokens = group_ends = None
+        if dispatched.activation_format is ActivationFormat.BATCHED_EXPERTS:
+            expert_num_tokens = dispatched.expert_num_tokens
+        elif dispatched.activation_format is ActivationFormat.CONTIGUOUS:
+            group_ends, scales = dispatched.group_ends, None if scales is None else scales.T
         launches = quantize_rows_launches(
             activations,
             buffers["activations"],
             scales,
             static_scale=static_scale,
             expert_num_tokens=expert_num_tokens,
+            group_ends=group_ends,
+            alignment=1 if group_ends is None else CONTIGUOUS_ALIGNMENT,
         )
         return buffers["activations"], static_scale if scales is None else scales, launches
 
 
 _BATCHED, _BATCHED_HOPPER = "batched", "batched_hopper"
+_CONTIGUOUS, _CONTIGUOUS_HOPPER = "contiguous", "contiguous_hopper"
 _MAX_PLANS = 4096
 
 
@@ -471,8 +576,7 @@ def hopper_buffers(config: MoEConfig, num_rows: int, top_k: int, block_x: int) -
         "slot_output": ((slots, hidden), config.dtype),
     }
     if scheme is not None and not has_static_activations(scheme):
-        groups = cdiv(hidden, input_group_size(scheme) or hidden)
-        buffers["activation_scale"] = ((groups, slots), torch.float32)
+        buffers["activation_scale"] = ((input_groups(config), slots), torch.float32)
         buffers["intermediate_scale"] = ((cdiv(inner, GROUP_SIZE), slots), torch.float32)
     return buffers
 
@@ -481,13 +585,50 @@ def batched_hopper_buffers(config: MoEConfig, num_experts: int, max_tokens: int,
     """For BatchedExperts on Hopper: the list of blocks, and what `_gemm_buffers` has, with scales group by group."""
     slots, blocks = num_experts * max_tokens, num_experts * cdiv(max_tokens, block_x)
     rows = (num_experts, max_tokens)
-    buffers = dict(_gemm_buffers(config, rows, (slots,)))
-    for name in ("activation_scale", "intermediate_scale"):
-        if name in buffers:
-            groups = buffers[name][0][-1 if name == "activation_scale" else -2]
-            buffers[name] = (groups, slots), torch.float32
+    buffers = _group_by_group(_gemm_buffers(config, rows, (slots,)), slots)
     blocks_buffers = dict.fromkeys(("block_expert", "block_row"), ((blocks,), torch.int32))
     return {**buffers, **blocks_buffers, "row_ends": ((num_experts,), torch.int32), "num_blocks": ((1,), torch.int32)}
+
+
+def segment_buffers(config: MoEConfig, slots: int, block_x: int, quantizes: bool = True) -> Buffers:
+    """For the Contiguous format, whichever kernels run: the list of blocks, and what `_gemm_buffers` has, with scales
+    group by group. quantizes: rows do not come quantized."""
+    buffers = _group_by_group(_gemm_buffers(config, (slots,), (slots,)), slots)
+    if not quantizes:
+        buffers = {name: spec for name, spec in buffers.items() if not name.startswith("activation")}
+    blocks = dict.fromkeys(("block_expert", "block_row"), ((cdiv(slots, block_x),), torch.int32))
+    return {**buffers, **blocks, "num_blocks": ((1,), torch.int32)}
+
+
+def _group_by_group(buffers: Buffers, slots: int) -> Buffers:
+    """What `_gemm_buffers` has, with scales as [groups, slots]."""
+    found = dict(buffers)
+    for name, groups in (("activation_scale", -1), ("intermediate_scale", -2)):
+        if name in found:
+            found[name] = (found[name][0][groups], slots), torch.float32
+    return found
+
+
+def contiguous_slots(config: MoEConfig, num_rows: int) -> int:
+    """Slots that `num_rows` received rows take in the Contiguous format at most."""
+    experts = config.num_local_experts
+    if experts == 0:
+        return 0
+    most = num_rows * config.top_k + experts * (CONTIGUOUS_ALIGNMENT - 1)
+    return cdiv(most, CONTIGUOUS_ALIGNMENT) * CONTIGUOUS_ALIGNMENT
+
+
+def contiguous_rows(config: MoEConfig, dispatched: Dispatched) -> int:
+    """The number of received rows by which a Contiguous call chooses its kernels and tiles."""
+    return dispatched.num_rows or max(dispatched.activations.shape[0] // config.top_k, 1)
+
+
+def input_groups(config: MoEConfig) -> int:
+    """Scales of a row of activations that is quantized by its own values; 0 where none is."""
+    scheme, hidden = config.quantization, config.hidden_size
+    if scheme is None or has_static_activations(scheme):
+        return 0
+    return cdiv(hidden, input_group_size(scheme) or hidden)
 
 
 def _takes_tma(*tensors: torch.Tensor) -> bool:
@@ -518,8 +659,7 @@ def _gemm_buffers(config: MoEConfig, rows: tuple[int, ...], slots: tuple[int, ..
     if scheme is not None:
         buffers["activations"] = ((*rows, hidden), config.weight_dtype)
         if not has_static_activations(scheme):
-            groups = cdiv(hidden, input_group_size(scheme) or hidden)
-            buffers["activation_scale"] = ((*rows, groups), torch.float32)
+            buffers["activation_scale"] = ((*rows, input_groups(config)), torch.float32)
             buffers["intermediate_scale"] = ((*slots[:-1], cdiv(inner, GROUP_SIZE), slots[-1]), torch.float32)
     return buffers
 

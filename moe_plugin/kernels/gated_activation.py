@@ -2,10 +2,11 @@
 
     out[slot] = act(gate_up[slot, :I], gate_up[slot, I:])    gate_up [slots, 2I], out [slots, I]
 
-    rows of    ContiguousRows                       MaskedRows
-    in use     of expert e's blocks those before    the first expert_num_tokens[e] of
-               group_ends[e]                        each expert's rows_per_expert
-    scales     [groups, slots]                      [E, groups, rows_per_expert]
+    rows of    ContiguousRows                       GroupedRows                MaskedRows
+    in use     of expert e's blocks those before    from the end before it,    the first expert_num_tokens[e] of
+               group_ends[e]                        rounded up, to             each expert's rows_per_expert
+                                                    group_ends[e]
+    scales     [groups, slots]                      [groups, slots]            [E, groups, rows_per_expert]
 
 Activations are computed in fp32 and rounded once. fp8: groups of 128 columns, scaled and rounded as
 `moe_plugin.quantization` defines it, scales fp32 or, in an int32 tensor, UE8M0 packed (see kernels/quantize_rows).
@@ -16,8 +17,9 @@ Example, I = 1, silu_and_mul, block_rows = 2, block_expert [0, 2, -1], group_end
     gate_up [[2, 3], [nan, nan], [0, 9], [-1, 2], [nan, nan], [nan, nan]]
     out     [[5.2848], -, [0], [-0.5379], -, -], where - keeps what it held
 
-Contiguous rows are shared out in tiles of neighbours, one per program. A masked tensor is mostly empty, so programs for
-all its rows would mostly start and exit: as many as a GPU runs at once count the rows in use first and share those.
+Contiguous rows are shared out in tiles of neighbours, one per program. A masked tensor is mostly empty, as are grouped
+rows with room for the worst case, so programs for all rows would mostly start and exit: as many as a GPU runs at once
+count the rows in use first and share those.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from moe_plugin.kernels.interpreter import INTERPRETED, resident_warps, round_to
 from moe_plugin.kernels.launcher import Launch, Launcher, running
 from moe_plugin.kernels.masked_slots import ends_of_experts, nth_row
 from moe_plugin.kernels.quantize_rows import group_scales, quotient, store_group_scales
+from moe_plugin.kernels.row_blocks import nth_tile, tiles_of_groups
 from moe_plugin.kernels.tiling import cdiv, next_power_of_2
 from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, UE8M0_PACKED
 
@@ -58,6 +61,18 @@ class ContiguousRows:
     block_expert: torch.Tensor
     group_ends: torch.Tensor
     block_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRows:
+    """Rows sorted by expert, which alone say where they are: the Contiguous activation format.
+
+    group_ends: int32 [E], the slot past each expert's last row. Its first one is the end before it rounded up to
+    `alignment`, a power of two; an expert without rows ends there.
+    """
+
+    group_ends: torch.Tensor
+    alignment: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,26 @@ def _activate_row(
     tl.store(out_ptr + columns, round_to(value, out_ptr.dtype.element_ty), mask=in_row)
 
 
+@triton.jit
+def _activate_rows(
+    gate_up_ptr, out_ptr, scales_ptr, row, end,
+    stride_gate_up_row, stride_out_row, stride_scales_row, stride_scales_group,
+    INTERMEDIATE_SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SWIGLU_ALPHA: tl.constexpr, SWIGLU_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Rows from `row` to before `end`."""
+    while row < end:
+        slot = row.to(tl.int64)
+        row_scales_ptr = scales_ptr
+        if scales_ptr is not None:
+            row_scales_ptr += slot * stride_scales_row
+        _activate_row(
+            gate_up_ptr + slot * stride_gate_up_row, out_ptr + slot * stride_out_row, row_scales_ptr,
+            stride_scales_group, INTERMEDIATE_SIZE, GROUPS, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT,
+        )  # fmt: skip
+        row += 1
+
+
 @triton.jit(do_not_specialize=["rows_per_expert"])
 def _gated_activation_kernel(
     gate_up_ptr, out_ptr, scales_ptr, block_expert_ptr, group_ends_ptr, expert_num_tokens_ptr, rows_per_expert,
@@ -124,7 +159,8 @@ def _gated_activation_kernel(
     NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr, SWIGLU_ALPHA: tl.constexpr, SWIGLU_LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of rows, block of groups) where block_expert_ptr is given, else (first row in use, block)."""
+    """Program (tile of rows, block of groups) where block_expert_ptr is given, (first tile in use, block) where only
+    group_ends_ptr is, else (first row in use, block)."""
     wait_for_the_kernel_before(PDL)
     if block_expert_ptr is not None:
         row = tl.program_id(0) * TILE_ROWS
@@ -132,16 +168,23 @@ def _gated_activation_kernel(
         if expert < 0:
             return
         end = tl.minimum(tl.load(group_ends_ptr + expert), row + TILE_ROWS)
-        while row < end:
-            slot = row.to(tl.int64)
-            row_scales_ptr = scales_ptr
-            if scales_ptr is not None:
-                row_scales_ptr += slot * stride_scales_row
-            _activate_row(
-                gate_up_ptr + slot * stride_gate_up_row, out_ptr + slot * stride_out_row, row_scales_ptr,
-                stride_scales_group, INTERMEDIATE_SIZE, GROUPS, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT,
+        _activate_rows(
+            gate_up_ptr, out_ptr, scales_ptr, row, end,
+            stride_gate_up_row, stride_out_row, stride_scales_row, stride_scales_group,
+            INTERMEDIATE_SIZE, GROUPS, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT,
+        )  # fmt: skip
+    elif group_ends_ptr is not None:
+        tile_ends = tiles_of_groups(group_ends_ptr, NUM_EXPERTS, EXPERTS, BLOCK_ROWS, TILE_ROWS)
+        num_tiles = tl.max(tile_ends, axis=0)
+        index = tl.program_id(0)
+        while index < num_tiles:
+            row, end = nth_tile(group_ends_ptr, tile_ends, index, BLOCK_ROWS, TILE_ROWS)
+            _activate_rows(
+                gate_up_ptr, out_ptr, scales_ptr, row, end,
+                stride_gate_up_row, stride_out_row, stride_scales_row, stride_scales_group,
+                INTERMEDIATE_SIZE, GROUPS, ACTIVATION, SWIGLU_ALPHA, SWIGLU_LIMIT,
             )  # fmt: skip
-            row += 1
+            index += tl.num_programs(0)
     else:
         ends = ends_of_experts(expert_num_tokens_ptr, rows_per_expert, NUM_EXPERTS, EXPERTS)
         num_rows = tl.max(ends, axis=0)
@@ -168,7 +211,7 @@ def gated_activation_launches(
     gate_up: torch.Tensor,
     out: torch.Tensor,
     scales: torch.Tensor | None,
-    rows: ContiguousRows | MaskedRows,
+    rows: ContiguousRows | GroupedRows | MaskedRows,
     activation: Activation | str,
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
@@ -177,7 +220,7 @@ def gated_activation_launches(
 
     gate_up: bf16, fp16 or fp32 [slots, 2I], gate columns first; with MaskedRows also [E, M, 2I].
     out: [slots, I], or [E, M, I], of a float dtype, or fp8 together with
-    scales: fp32 [ceil(I / 128), slots] for ContiguousRows, [E, ceil(I / 128), M] for MaskedRows; int32 with
+    scales: fp32 [ceil(I / 128), slots], for MaskedRows [E, ceil(I / 128), M]; int32 with
     ceil(ceil(I / 128) / 4) in the place of ceil(I / 128) receives UE8M0 scales. None for other dtypes of `out`.
     Rows may be strided, the last dimension is contiguous (of scales: any strides). Fastest for I a multiple of 16.
     activation: of config.Activation, or its value; swiglu_alpha and swiglu_limit are swiglu_oai's.
@@ -195,11 +238,17 @@ def gated_activation_launches(
     column_blocks = cdiv(intermediate_size, groups * GROUP_SIZE)
     block_expert = group_ends = expert_num_tokens = None
     scale_strides: tuple[int, ...] = (0, 0, 0)
-    if isinstance(rows, ContiguousRows):
-        tile_rows = min(_NARROW_TILE_ROWS if columns <= _NARROW else _TILE_ROWS, rows.block_rows)
-        num_programs, num_experts = rows.block_expert.numel() * rows.block_rows // tile_rows, 1
-        block_expert, group_ends = rows.block_expert, rows.group_ends
-        rows_per_expert, block_rows = 0, rows.block_rows
+    if not isinstance(rows, MaskedRows):
+        group_ends, rows_per_expert = rows.group_ends, 0
+        block_rows = rows.block_rows if isinstance(rows, ContiguousRows) else rows.alignment
+        tile_rows = min(_NARROW_TILE_ROWS if columns <= _NARROW else _TILE_ROWS, block_rows)
+        if isinstance(rows, ContiguousRows):
+            block_expert = rows.block_expert
+            num_programs, num_experts = block_expert.numel() * block_rows // tile_rows, 1
+        else:
+            num_experts = group_ends.numel()
+            resident = max(_RESIDENT_WARPS // (num_warps * column_blocks), 1)
+            num_programs = min(cdiv(num_slots, tile_rows), resident) if num_experts else 0
         gate_up_strides, out_strides = (0, gate_up.stride(0)), (0, out.stride(0))
         if scales is not None:
             scale_strides = (0, scales.stride(1), scales.stride(0))
@@ -234,7 +283,10 @@ gated_activation = running(gated_activation_launches)
 
 
 def _check_scales(
-    out: torch.Tensor, scales: torch.Tensor | None, rows: ContiguousRows | MaskedRows, num_slots: int
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    rows: ContiguousRows | GroupedRows | MaskedRows,
+    num_slots: int,
 ) -> None:
     if (scales is None) != (out.dtype is not FP8_DTYPE):
         raise ShapeError("an fp8 out takes scales to fill, others take none")
@@ -242,7 +294,7 @@ def _check_scales(
         num_experts = rows.expert_num_tokens.numel()
         if num_slots != num_experts * rows.rows_per_expert:
             raise ShapeError(f"{num_experts} experts of {rows.rows_per_expert} rows do not fill {num_slots} slots")
-    elif rows.block_expert.numel() * rows.block_rows > num_slots:
+    elif isinstance(rows, ContiguousRows) and rows.block_expert.numel() * rows.block_rows > num_slots:
         blocks = f"{rows.block_expert.numel()} blocks of {rows.block_rows} rows"
         raise ShapeError(f"{blocks} do not fit into {num_slots} slots")
     if scales is None:

@@ -1,14 +1,14 @@
 """Grouped GEMMs of the experts: rows of many experts, each against its own weight matrix, in one launch.
 
-Two kernels make one expert layer; each exists for both activation formats:
+Two kernels make one expert layer; each exists for all activation formats:
 
     gate_up_activation   out = act(x @ w_gate^T + b_gate, x @ w_up^T + b_up)    w13 [E, 2I, H], gate rows first
     down                 out = x @ w2^T + b                                      w2 [E, H, I]
 
-    rows of        SortedRows (Standard)                       BatchedRows (BatchedExperts)
-    x of gate_up   [N, H], row pair // K                       [E, M, H]
-    intermediate   [slots, I], in the order of sorted_pairs    [E, M, I]
-    out of down    [slots, H], in the order of sorted_pairs    [E, M, H]
+    rows of        SortedRows (Standard)                       BatchedRows (BatchedExperts)    ListedRows (Contiguous)
+    x of gate_up   [N, H], row pair // K                       [E, M, H]                       [slots, H]
+    intermediate   [slots, I], in the order of sorted_pairs    [E, M, I]                       [slots, I]
+    out of down    [slots, H], in the order of sorted_pairs    [E, M, H]                       [slots, H]
 
 Example, H = I = 1, one expert, w13 = [[2], [3]], w2 = [[10]], silu_and_mul, N = 2, K = 1, block_m = 2,
 sorted_pairs [1, 2] (pair 1, then padding, since only row 1 wants this expert), x = [[nan], [1]]:
@@ -67,6 +67,19 @@ class BatchedRows:
     max_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class ListedRows:
+    """Rows of the Contiguous format, in the blocks that `contiguous_blocks` listed.
+
+    block_expert, block_row: int32 [blocks], the expert and the first slot of each. group_ends: int32 [E], the slot past
+    each expert's last row.
+    """
+
+    block_expert: torch.Tensor
+    block_row: torch.Tensor
+    group_ends: torch.Tensor
+
+
 @triton.jit
 def _tile_of_program(num_row_blocks, num_column_blocks, GROUP_M: tl.constexpr):
     """Programs next to each other share weights: GROUP_M row blocks walk through the columns together."""
@@ -80,12 +93,13 @@ def _tile_of_program(num_row_blocks, num_column_blocks, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _rows_of_block(
-    row_block, sorted_pairs_ptr, expert_ptr, num_rows, BATCHED: tl.constexpr, BLOCK_M: tl.constexpr
+    row_block, sorted_pairs_ptr, expert_ptr, block_row_ptr, group_ends_ptr, num_rows,
+    BATCHED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The block's expert (-1: nothing to do) and, for each of its rows, slot and pair (int64) and whether it is used.
 
     expert_ptr: block_expert, or expert_num_tokens when BATCHED; num_rows: N * K, or max_tokens when BATCHED.
-    In a batch, slot and pair are both the row within the expert.
+    In a batch, slot and pair are both the row within the expert; of listed rows, both the slot.
     """
     lanes = tl.arange(0, BLOCK_M)
     if BATCHED:
@@ -97,6 +111,11 @@ def _rows_of_block(
         pairs = slots
         used = slots < count
         expert = tl.where(first < count, expert, -1)
+    elif block_row_ptr is not None:
+        expert = tl.load(expert_ptr + row_block)
+        slots = tl.load(block_row_ptr + row_block) + lanes
+        pairs = slots
+        used = slots < tl.load(group_ends_ptr + expert, mask=expert >= 0, other=0)
     else:
         expert = tl.load(expert_ptr + row_block)
         slots = row_block * BLOCK_M + lanes
@@ -202,7 +221,7 @@ def _add_bias(total, bias_ptrs, in_range):
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def _gate_up_activation_kernel(
     x_ptr, w13_ptr, bias_ptr, out_ptr, x_scale_ptr, w13_scale_ptr, out_scale_ptr, sorted_pairs_ptr, expert_ptr,
-    num_rows, num_row_blocks,
+    block_row_ptr, group_ends_ptr, num_rows, num_row_blocks,
     stride_x_expert, stride_x_row, stride_w_expert, stride_w_row, stride_bias_expert, stride_out_expert, stride_out_row,
     stride_xs_expert, stride_xs_row, stride_xs_group, stride_ws_expert, stride_ws_row, stride_ws_group,
     stride_os_expert, stride_os_row, stride_os_group,
@@ -214,7 +233,9 @@ def _gate_up_activation_kernel(
     FP8: tl.constexpr = ROW_SCALE != "none"
     tl.static_assert((not FP8) or BLOCK_K == _GROUP_SIZE, "fp8 products are added up in steps of 128")
     row_block, column_block = _tile_of_program(num_row_blocks, tl.cdiv(INTERMEDIATE_SIZE, BLOCK_N), GROUP_M)
-    expert, slots, pairs, used = _rows_of_block(row_block, sorted_pairs_ptr, expert_ptr, num_rows, BATCHED, BLOCK_M)
+    expert, slots, pairs, used = _rows_of_block(
+        row_block, sorted_pairs_ptr, expert_ptr, block_row_ptr, group_ends_ptr, num_rows, BATCHED, BLOCK_M
+    )
     if expert < 0:
         return
     expert = expert.to(tl.int64)
@@ -281,7 +302,7 @@ def _gate_up_activation_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def _down_kernel(
     x_ptr, w2_ptr, bias_ptr, out_ptr, x_scale_ptr, w2_scale_ptr, sorted_pairs_ptr, expert_ptr,
-    num_rows, num_row_blocks,
+    block_row_ptr, group_ends_ptr, num_rows, num_row_blocks,
     stride_x_expert, stride_x_row, stride_w_expert, stride_w_row, stride_bias_expert, stride_out_expert, stride_out_row,
     stride_xs_expert, stride_xs_row, stride_xs_group, stride_ws_expert, stride_ws_row, stride_ws_group,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE_SIZE: tl.constexpr, BATCHED: tl.constexpr,
@@ -291,7 +312,9 @@ def _down_kernel(
     FP8: tl.constexpr = ROW_SCALE != "none"
     tl.static_assert((not FP8) or BLOCK_K == _GROUP_SIZE, "fp8 products are added up in steps of 128")
     row_block, column_block = _tile_of_program(num_row_blocks, tl.cdiv(HIDDEN_SIZE, BLOCK_N), GROUP_M)
-    expert, slots, _, used = _rows_of_block(row_block, sorted_pairs_ptr, expert_ptr, num_rows, BATCHED, BLOCK_M)
+    expert, slots, _, used = _rows_of_block(
+        row_block, sorted_pairs_ptr, expert_ptr, block_row_ptr, group_ends_ptr, num_rows, BATCHED, BLOCK_M
+    )
     if expert < 0:
         return
     expert = expert.to(tl.int64)
@@ -339,7 +362,7 @@ def gate_up_activation_launches(
     w13: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    rows: SortedRows | BatchedRows,
+    rows: SortedRows | BatchedRows | ListedRows,
     block: BlockConfig,
     activation: Activation,
     swiglu_alpha: float = 1.702,
@@ -351,7 +374,8 @@ def gate_up_activation_launches(
 ) -> list[Launch]:
     """The launches of the experts' first GEMM with bias, gated activation and, for fp8, quantization of the result.
 
-    x: [N, H], or [E, M, H] with BatchedRows. w13: [E, 2I, H]. bias: [E, 2I] or None. out: [slots, I], or [E, M, I].
+    x: [N, H], [slots, H] with ListedRows, or [E, M, H] with BatchedRows. w13: [E, 2I, H]. bias: [E, 2I] or None.
+    out: [slots, I], or [E, M, I].
     Rows may be strided, the last dimension is contiguous. Rows of `out` that hold no pair keep what they held.
 
     fp8 x and w13 need x_scale and w13_scale in a shape of this module's docstring. out_scale, when `out` is fp8 too:
@@ -359,7 +383,7 @@ def gate_up_activation_launches(
     the static scale of each expert. block_k is 128 then, and block_n 256 where out_scale is written.
     """
     num_experts, intermediate_size, hidden_size = w13.shape[0], w13.shape[1] // 2, w13.shape[2]
-    num_row_blocks, num_rows, top_k, sorted_pairs, per_expert = _row_arguments(rows, num_experts, block)
+    num_row_blocks, num_rows, top_k, pointers = _row_arguments(rows, num_experts, block)
     block_n = block.block_n // 2
     grid = (num_row_blocks * cdiv(intermediate_size, block_n),)
     if grid[0] == 0:
@@ -370,7 +394,7 @@ def gate_up_activation_launches(
     launch = _launch_gate_up_activation.launch(
         grid,
         (
-            x, w13, bias, out, x_scale, w13_scale, out_scale, sorted_pairs, per_expert,
+            x, w13, bias, out, x_scale, w13_scale, out_scale, *pointers,
             num_rows, num_row_blocks,
             *_row_strides(x), *_row_strides(w13), 0 if bias is None else bias.stride(0), *_row_strides(out),
             *x_scale_strides, *w13_scale_strides, *out_scale_strides,
@@ -392,7 +416,7 @@ def down_launches(
     w2: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    rows: SortedRows | BatchedRows,
+    rows: SortedRows | BatchedRows | ListedRows,
     block: BlockConfig,
     *,
     x_scale: torch.Tensor | None = None,
@@ -405,7 +429,7 @@ def down_launches(
     fp8 x and w2 need x_scale and w2_scale in a shape of this module's docstring; block_k is 128 then.
     """
     num_experts, hidden_size, intermediate_size = w2.shape
-    num_row_blocks, num_rows, _, sorted_pairs, per_expert = _row_arguments(rows, num_experts, block)
+    num_row_blocks, num_rows, _, pointers = _row_arguments(rows, num_experts, block)
     grid = (num_row_blocks * cdiv(hidden_size, block.block_n),)
     if grid[0] == 0:
         return []
@@ -414,7 +438,7 @@ def down_launches(
     launch = _launch_down.launch(
         grid,
         (
-            x, w2, bias, out, x_scale, w2_scale, sorted_pairs, per_expert,
+            x, w2, bias, out, x_scale, w2_scale, *pointers,
             num_rows, num_row_blocks,
             *_row_strides(x), *_row_strides(w2), 0 if bias is None else bias.stride(0), *_row_strides(out),
             *x_scale_strides, *w2_scale_strides,
@@ -434,12 +458,15 @@ down = running(down_launches)
 
 
 def _row_arguments(
-    rows: SortedRows | BatchedRows, num_experts: int, block: BlockConfig
-) -> tuple[int, int, int, torch.Tensor | None, torch.Tensor]:
-    """Row blocks, row bound, top-k, sorted pairs and per-block or per-expert tensor, as the kernels take them."""
+    rows: SortedRows | BatchedRows | ListedRows, num_experts: int, block: BlockConfig
+) -> tuple[int, int, int, tuple[torch.Tensor | None, ...]]:
+    """Row blocks, row bound, top-k and the tensors of rows and blocks, as the kernels take them."""
     if isinstance(rows, BatchedRows):
-        return num_experts * cdiv(rows.max_tokens, block.block_m), rows.max_tokens, 1, None, rows.expert_num_tokens
-    return rows.block_expert.numel(), rows.num_pairs, rows.top_k, rows.sorted_pairs, rows.block_expert
+        num_blocks = num_experts * cdiv(rows.max_tokens, block.block_m)
+        return num_blocks, rows.max_tokens, 1, (None, rows.expert_num_tokens, None, None)
+    if isinstance(rows, ListedRows):
+        return rows.block_expert.numel(), 0, 1, (None, rows.block_expert, rows.block_row, rows.group_ends)
+    return rows.block_expert.numel(), rows.num_pairs, rows.top_k, (rows.sorted_pairs, rows.block_expert, None, None)
 
 
 def _row_strides(tensor: torch.Tensor) -> tuple[int, int]:

@@ -119,6 +119,18 @@ def tensor_descriptor(
     return _cached_descriptor(tensor.data_ptr(), tensor.dtype, shape, strides, block_shape, layout, padding)
 
 
+def descriptor_at(
+    address: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    block_shape: Sequence[int],
+    layout: Any = None,
+) -> Descriptor:
+    """`tensor_descriptor` of device memory that is no tensor of this process, such as a peer's."""
+    return _cached_descriptor(address, dtype, tuple(shape), tuple(strides), tuple(block_shape), layout, "zero")
+
+
 @functools.lru_cache(maxsize=4096)
 def _cached_descriptor(
     address: int,

@@ -164,10 +164,10 @@ def test_a_layout_that_fails_or_is_wrong_is_out_and_the_others_go_on(
 ) -> None:
     masked = DeepGemmHybrid._run_masked
 
-    def faulty(self: DeepGemmHybrid, x: Any, ids: Any, weights: Any, output: torch.Tensor, workspace: Any) -> None:
+    def faulty(self: DeepGemmHybrid, dispatched: Any, ids: Any, output: torch.Tensor, workspace: Any) -> None:
         if fault == "failed":
             raise RuntimeError("no such kernel")
-        masked(self, x, ids, weights, output, workspace)
+        masked(self, dispatched, ids, output, workspace)
         output.mul_(1.1)
 
     monkeypatch.setattr(DeepGemmHybrid, "_run_masked", faulty)

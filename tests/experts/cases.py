@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from moe_plugin.config import MoEConfig
+from moe_plugin.config import MoEConfig, QuantConfig
 from moe_plugin.modular_kernel import (
+    CONTIGUOUS_ALIGNMENT,
     ActivationFormat,
     Dispatched,
     DispatchHandle,
@@ -18,6 +19,7 @@ from moe_plugin.modular_kernel import (
     RouterWeightStage,
 )
 from moe_plugin.numerics import FP8_TOLERANCE, TOLERANCES, Tolerance, assert_close_to_oracle
+from moe_plugin.quantization import input_group_size, quantize_rows
 from moe_plugin.reference import reference_moe
 from moe_plugin.testing.cases import Weights
 from moe_plugin.workspace import WorkspaceArena
@@ -31,6 +33,14 @@ DEFAULTS: dict[str, Any] = {
     "intermediate_size": 24,
     "max_tokens_per_rank": 64,
 }
+
+
+FORMATS = {
+    "local_ids": ActivationFormat.STANDARD,
+    "group_ends": ActivationFormat.CONTIGUOUS,
+    "expert_num_tokens": ActivationFormat.BATCHED_EXPERTS,
+}
+"""The field of Dispatched that each format cannot do without."""
 
 
 def make_config(**overrides: Any) -> MoEConfig:
@@ -109,13 +119,15 @@ class Layer:
         output: torch.Tensor | None = None,
         **fields: Any,
     ) -> torch.Tensor:
-        """Run the experts on a dispatch made of `activations` and `fields`; Standard when there are local_ids."""
+        """Run the experts on a dispatch made of `activations` and `fields`, which say in which format it is."""
         handle = handle or self.handle(activations.shape[0])
-        standard = fields.get("local_ids") is not None
+        activation_format = next(
+            activation_format for name, activation_format in FORMATS.items() if fields.get(name) is not None
+        )
         weighted = fields.get("topk_weights") is not None
         dispatched = Dispatched(
             activations=activations,
-            activation_format=ActivationFormat.STANDARD if standard else ActivationFormat.BATCHED_EXPERTS,
+            activation_format=activation_format,
             router_weight_stage=RouterWeightStage.EXPERTS_GATHER if weighted else RouterWeightStage.COMBINE,
             handle=handle,
             **fields,
@@ -196,6 +208,63 @@ class Layer:
         expected = self.expected(activations[used], local_ids, None)
         assert_close_to_oracle(out[used], expected, self.tolerance)
         return out
+
+    def segments(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows [slots, H], NaN outside of the segments; group_ends; int64 [slots], each slot's expert, -1 without one.
+
+        There are slots for one block of rows more than all segments have.
+        """
+        ends, experts = [], []
+        for expert, count in enumerate(counts):
+            ends.append(len(experts) + count)
+            experts += [expert] * count + [-1] * (-count % CONTIGUOUS_ALIGNMENT)
+        experts += [-1] * CONTIGUOUS_ALIGNMENT
+        expert_of = torch.tensor(experts, device=DEVICE)
+        activations = normal(len(experts), self.config.hidden_size, seed=8, dtype=self.config.dtype)
+        group_ends = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        return activations.masked_fill_(expert_of[:, None] < 0, torch.nan), group_ends, expert_of
+
+    def check_contiguous(
+        self, counts: list[int], quantize: Callable[[torch.Tensor], Any] | None = None, **fields: Any
+    ) -> torch.Tensor:
+        """The rows in use. quantize: as of `check_batched`."""
+        activations, group_ends, expert_of = self.segments(counts)
+        sent, scales = (activations, None) if quantize is None else quantize(activations)
+        before = [tensor.clone() for tensor in (sent.view(torch.uint8), group_ends)]
+        out = self.apply(sent, group_ends=group_ends, scales=scales, **fields)
+        assert out.shape == activations.shape
+        assert out.dtype is self.config.dtype
+        assert out.is_contiguous()
+        used = expert_of >= 0
+        expected = self.expected(activations[used], expert_of[used, None].int(), None)
+        assert_close_to_oracle(out[used], expected, self.tolerance)
+        assert all(map(torch.equal, (sent.view(torch.uint8), group_ends), before))
+        return out[used]
+
+
+def group_major(scales: torch.Tensor) -> torch.Tensor:
+    """The same scales [..., rows, groups], those of a group next to each other."""
+    *experts, rows, groups = scales.shape
+    return scales.new_empty(*experts, groups, rows).copy_(scales.mT).mT
+
+
+def quantizer(scheme: QuantConfig) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """What a dispatcher does to rows of the Contiguous format before they travel."""
+
+    def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        quantized, scales = quantize_rows(rows, input_group_size(scheme))
+        return quantized, group_major(scales)
+
+    return quantize
+
+
+def packed_with_scales(rows: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same fp8 rows and row-major scales as views of one buffer, in which each row's scales follow it."""
+    (num_rows, hidden_size), groups = rows.shape, scales.shape[1]
+    first = -(-hidden_size // 16) * 16
+    buffer = torch.full((num_rows, first + 4 * groups), 0x7F, dtype=torch.uint8, device=rows.device)
+    places = buffer[:, :hidden_size].view(rows.dtype), buffer[:, first:].view(torch.float32)
+    return places[0].copy_(rows), places[1].copy_(scales)
 
 
 def check_graph_replays(layer: Layer, num_rows: int, num_experts: int) -> None:

@@ -295,6 +295,24 @@ def test_a_broken_shipped_file_is_a_warning(caplog: pytest.LogCaptureFixture) ->
     assert path.name in record.getMessage()
 
 
+def test_contiguous_rows_are_never_masked(user: Path) -> None:
+    """They take the fastest other layout that was measured for Standard rows, and contiguous where none was."""
+    made = table((64, MASKED))
+    alone = replace(made.entries[0], rows=512, microseconds={MASKED: 5.0})
+    save(user, made.with_entry(alone, "2026-01-02"))
+    found = lookup()
+    for _ in range(2):  # looked up, and remembered
+        assert [found.standard(rows) for rows in (20, 64, 300, 600)] == [MASKED] * 4
+        contiguous = [found.contiguous(rows) for rows in (20, 64, 300, 600)]
+        assert contiguous == [CONTIGUOUS, TRITON_FUSED_MOE, CONTIGUOUS, CONTIGUOUS]
+    ranges = found.ranges(ActivationFormat.CONTIGUOUS, 600)
+    assert ranges == [(CONTIGUOUS, 31), (TRITON_FUSED_MOE, 128), (CONTIGUOUS, 600)]
+    largest = reachable(CONFIG, 600, DEVICE, ActivationFormat.CONTIGUOUS)
+    assert largest == {(CONTIGUOUS, 600), (TRITON_FUSED_MOE, 128)}
+    assert FixedLayout(MASKED).contiguous(8) == CONTIGUOUS
+    assert FixedLayout(TRITON_FUSED_MOE).contiguous(8) == TRITON_FUSED_MOE
+
+
 def test_reachable_without_tables() -> None:
     assert reachable(CONFIG, 0) == set()
     assert reachable(CONFIG, 100) == {(MASKED, 100)}

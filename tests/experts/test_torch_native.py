@@ -13,10 +13,11 @@ from moe_plugin.experts import torch_native
 from moe_plugin.experts.torch_native import TorchNative
 from moe_plugin.modular_kernel import ActivationFormat, ExpertWeights
 from moe_plugin.numerics import assert_close_to_oracle
+from moe_plugin.quantization import has_static_activations, input_group_size, quantize_rows
 from moe_plugin.reference import reference_moe
 from moe_plugin.testing.cases import Weights
 from moe_plugin.workspace import WorkspaceArena
-from tests.experts.cases import DEVICE, Layer, make_config, normal, random_ids
+from tests.experts.cases import DEVICE, Layer, make_config, normal, packed_with_scales, quantizer, random_ids
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -129,6 +130,30 @@ def test_batched_experts(dtype: torch.dtype, has_bias: bool) -> None:
     layer.check_batched([0, 17, 1, 33, 0], max_tokens=33)
 
 
+SEGMENTS = [0, 17, 0, 130, 0]
+"""Rows of each expert; empty segments leading, in the middle and trailing, and one of two blocks."""
+
+
+@pytest.mark.parametrize(("dtype", "has_bias"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_contiguous(ends: str, dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Layer.of(TorchNative, dtype=dtype, has_bias=has_bias)
+    layer.check_contiguous(SEGMENTS)
+    layer.check_contiguous([0] * 5)
+    rows, group_ends, expert_of = layer.segments(SEGMENTS)
+    output = torch.empty_like(rows)
+    out = layer.apply(rows, group_ends=group_ends, output=output)
+    assert out is output
+    assert torch.equal(out[expert_of >= 0], layer.check_contiguous(SEGMENTS))
+
+
+def test_contiguous_without_slots_or_experts(ends: str) -> None:
+    layer = Layer.of(TorchNative, num_experts=2)
+    none = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    assert layer.apply(layer.rows(0), group_ends=none).shape == (0, 40)
+    layer = Layer.of(TorchNative, num_experts=2, parallel=ParallelConfig(ep_size=3, ep_rank=2))
+    assert layer.apply(layer.rows(128), group_ends=none[:0]).shape == (128, 40)
+
+
 def test_repeats_bitwise(ends: str) -> None:
     layer = Layer.of(TorchNative)
     rows, ids, weights = layer.rows(40), random_ids(40, 2, 5), normal(40, 2, seed=7)
@@ -184,6 +209,21 @@ def test_fp8(scheme: QuantConfig, dtype: torch.dtype, has_bias: bool) -> None:
     layer = Fp8Layer.quantized(scheme, dtype=dtype, has_bias=has_bias)
     layer.check_standard(layer.rows(19), random_ids(19, 2, 5), normal(19, 2, seed=7))
     layer.check_batched([0, 17, 1, 33, 0], max_tokens=33)
+
+
+@by_scheme
+def test_rows_that_the_dispatcher_quantized(scheme: QuantConfig) -> None:
+    """Quantized before dispatch or after it, to the same bits."""
+    layer = Fp8Layer.quantized(scheme)
+    here = layer.check_contiguous(SEGMENTS)
+    if has_static_activations(scheme):
+        return
+    assert torch.equal(layer.check_contiguous(SEGMENTS, quantizer(scheme)), here)
+    rows, ids, weights = layer.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
+    expected = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    quantized, scales = packed_with_scales(*quantize_rows(rows, input_group_size(scheme)))
+    assert torch.equal(layer.apply(quantized, local_ids=ids, topk_weights=weights, scales=scales), expected)
+    layer.check_batched([0, 3, 1, 0, 2], 3, lambda rows: quantize_rows(rows, input_group_size(scheme)))
 
 
 @by_scheme
@@ -258,7 +298,8 @@ def test_graph_capture_needs_device_side_grouped_mm(
 def test_memory_of_a_large_layer() -> None:
     config = make_config(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048, max_tokens_per_rank=65536)
     memory = TorchNative.memory(config)
-    assert memory["pair_output"] == 65536 * 8 * 7168 * 2 > 2**31
+    # Room for the padding of 256 segments.
+    assert memory["pair_output"] == (65536 * 8 + 256 * 127) * 7168 * 2 > 2**31
     assert memory["output"] == 65536 * 7168 * 2
 
 

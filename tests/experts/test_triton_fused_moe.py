@@ -16,18 +16,29 @@ from moe_plugin.environment import Environment, Package
 from moe_plugin.experts.triton_fused_moe import (
     Buffers,
     TritonFusedMoE,
+    contiguous_slots,
     hopper_buffers,
     hopper_tiles_of,
     standard_buffers,
 )
 from moe_plugin.kernels import quantize_rows as quantize_rows_kernels
 from moe_plugin.kernels.hopper_tiling import batched_hopper_tiles
-from moe_plugin.kernels.tiling import block_config, down_block_config, max_num_blocks, shared_memory_bytes
+from moe_plugin.kernels.tiling import block_config, cdiv, down_block_config, max_num_blocks, shared_memory_bytes
 from moe_plugin.modular_kernel import ActivationFormat
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.quantization import FP8_DTYPE, GROUP_SIZE, has_static_activations, input_group_size, quantize_rows
 from moe_plugin.workspace import WorkspaceArena
-from tests.experts.cases import DEVICE, Layer, check_graph_replays, make_config, normal, random_ids
+from tests.experts.cases import (
+    DEVICE,
+    Layer,
+    check_graph_replays,
+    group_major,
+    make_config,
+    normal,
+    packed_with_scales,
+    quantizer,
+    random_ids,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -133,8 +144,82 @@ def test_rows_that_the_dispatcher_quantized(scheme: QuantConfig) -> None:
     layer = Layer.of(TritonFusedMoE, quantization=scheme, hidden_size=200)
     rows, ids, weights = layer.rows(9), random_ids(9, 2, 5), normal(9, 2, seed=7)
     quantized, scales = quantize_rows(rows, input_group_size(scheme))
-    out = layer.apply(quantized, local_ids=ids, topk_weights=weights, scales=scales.T.contiguous().T)
-    assert_close_to_oracle(out, layer.expected(rows, ids, weights), layer.tolerance)
+    expected = layer.apply(rows, local_ids=ids, topk_weights=weights)
+    assert_close_to_oracle(expected, layer.expected(rows, ids, weights), layer.tolerance)
+    for sent in ((quantized, group_major(scales)), packed_with_scales(quantized, scales)):
+        out = layer.apply(sent[0], local_ids=ids, topk_weights=weights, scales=sent[1])
+        assert torch.equal(out, expected)
+
+
+SEGMENTS = [0, 17, 0, 130, 0]
+"""Rows of each expert; empty segments leading, in the middle and trailing, and one of two blocks."""
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter programs that find no rows cost milliseconds each."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(quantize_rows_kernels, "_RESIDENT_WARPS", 4)
+
+
+@pytest.mark.parametrize(("dtype", "has_bias"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_contiguous(dtype: torch.dtype, has_bias: bool) -> None:
+    layer = Layer.of(TritonFusedMoE, dtype=dtype, has_bias=has_bias)
+    layer.check_contiguous(SEGMENTS)
+    layer.check_contiguous([0] * 5, num_rows=1)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("has_bias", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_contiguous_fp8(scheme: QuantConfig, has_bias: bool) -> None:
+    """Quantized before dispatch or after it, to the same bits."""
+    counts = SEGMENTS if DEVICE == "cuda" else [0, 17, 0, 3, 0]
+    layer = Layer.of(TritonFusedMoE, quantization=scheme, hidden_size=144, intermediate_size=144, has_bias=has_bias)
+    here = layer.check_contiguous(counts, num_rows=9)
+    if not has_static_activations(scheme):
+        assert torch.equal(layer.check_contiguous(counts, quantizer(scheme), num_rows=9), here)
+        # Whichever way the scales lie.
+        activations, group_ends, expert_of = layer.segments(counts)
+        rows, scales = quantize_rows(activations, input_group_size(scheme))
+        out = layer.apply(rows, group_ends=group_ends, scales=scales.contiguous(), num_rows=9)
+        assert_close_to_oracle(out[expert_of >= 0], here, layer.tolerance)
+
+
+@pytest.mark.parametrize("num_rows", [1, 60, 200, 1000])
+def test_contiguous_in_every_block(num_rows: int) -> None:
+    """The number of rows that may arrive decides about tiles, the group ends about work."""
+    layer = Layer.of(TritonFusedMoE, max_tokens_per_rank=1024)
+    layer.check_contiguous([5, 0, 130, 1, 0], num_rows=num_rows)
+
+
+def test_contiguous_without_slots_or_experts() -> None:
+    layer = Layer.of(TritonFusedMoE, num_experts=2)
+    none = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    assert layer.apply(layer.rows(0), group_ends=none, num_rows=1).shape == (0, 40)
+    layer = Layer.of(TritonFusedMoE, num_experts=2, parallel=ParallelConfig(ep_size=3, ep_rank=2))
+    assert layer.apply(layer.rows(128), group_ends=none[:0], num_rows=1).shape == (128, 40)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
+def test_contiguous_calls_share_one_workspace(quantization: QuantConfig | None) -> None:
+    """Other rows in the same buffers, into `output` or memory of the workspace; no more of it than declared."""
+    layer = Layer.of(TritonFusedMoE, quantization=quantization, max_tokens_per_rank=6)
+    declared = TritonFusedMoE.memory(layer.config)
+    handle = layer.handle(6)
+    # 6 rows, each with two pairs, need as many slots as these at most.
+    slots = contiguous_slots(layer.config, 6)
+    for counts in ([2, 0, 9, 1, 0], [0, 0, 0, 0, 12], [1, 1, 1, 1, 8]):
+        rows, group_ends, expert_of = layer.segments(counts)
+        rows = torch.cat([rows, rows.new_full((slots, 40), torch.nan)])[:slots]
+        fields = {"group_ends": group_ends, "num_rows": 6}
+        for output in (None, torch.full_like(rows, torch.nan)):
+            out = layer.apply(rows, handle=handle, output=output, **fields)
+            used = (expert_of >= 0).nonzero()[:, 0]
+            expected = layer.expected(rows[used], expert_of[used, None].int(), None)
+            assert_close_to_oracle(out[used], expected, layer.tolerance)
+            assert output is None or out is output
+    assert handle.workspace.nbytes <= sum(declared.values()) + 16 * len(declared)
 
 
 @pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
@@ -603,6 +688,89 @@ def test_there_are_switch_points_of_every_kind() -> None:
 def test_tiles_of_the_hopper_kernels(quantization: QuantConfig | None, num_rows: int) -> None:
     layer = on_hopper(quantization=quantization)
     layer.check_standard(layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7))
+
+
+def counts_of(num_rows: int) -> list[int]:
+    """Rows of 16 experts that are sent 2 pairs of each row: none, one, all, and shares that fill no block."""
+    most = max(num_rows // 4, 1)
+    return [0, 1, most, most + 1, 0, num_rows, 2, 0, *[most // 2] * 7, 0]
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize(("quantization", "num_rows"), LAYERS_AT_SWITCH_POINTS)
+def test_contiguous_in_tiles_of_the_hopper_kernels(quantization: QuantConfig | None, num_rows: int) -> None:
+    layer = on_hopper(quantization=quantization)
+    here = layer.check_contiguous(counts_of(num_rows), num_rows=num_rows)
+    if quantization is not None and not has_static_activations(quantization):
+        sent = layer.check_contiguous(counts_of(num_rows), quantizer(quantization), num_rows=num_rows)
+        assert torch.equal(sent, here)
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_rows", [3, 200, 700])
+@pytest.mark.parametrize("quantization", [Fp8Block(), Fp8PerToken(), Fp8PerTensor()], ids=str)
+def test_hopper_kernels_on_rows_that_the_dispatcher_quantized(quantization: QuantConfig, num_rows: int) -> None:
+    layer = on_hopper(quantization=quantization)
+    rows, ids, weights = layer.rows(num_rows), random_ids(num_rows, 2, 16), normal(num_rows, 2, seed=7)
+    expected = layer.apply(rows, local_ids=ids, topk_weights=weights).clone()
+    quantized, scales = quantize_rows(rows, input_group_size(quantization))
+    for sent in ((quantized, scales), packed_with_scales(quantized, scales)):
+        out = layer.apply(sent[0], local_ids=ids, topk_weights=weights, scales=sent[1])
+        assert torch.equal(out, expected)
+    batch, counts, used = layer.batch([0, min(num_rows, 40), 1, 17] * 4, 40)
+    expected = layer.apply(batch, expert_num_tokens=counts)[used].clone()
+    quantized, scales = quantize_rows(batch, input_group_size(quantization))
+    for each in (scales, group_major(scales)):
+        assert torch.equal(layer.apply(quantized, expert_num_tokens=counts, scales=each)[used], expected)
+
+
+@hopper_only
+@pytest.mark.gpu
+@pytest.mark.sm90
+@pytest.mark.parametrize("num_rows", [9, 700])
+@pytest.mark.parametrize("is_sent_quantized", [False, True])
+@pytest.mark.parametrize("quantization", [None, Fp8Block()], ids=str)
+def test_graph_replays_of_contiguous_rows(
+    quantization: QuantConfig | None, is_sent_quantized: bool, num_rows: int
+) -> None:
+    """Each replay finds other group ends in the same places, and its kernels begin while the ones before end."""
+    layer = on_hopper(quantization=quantization)
+    slots = contiguous_slots(layer.config, num_rows)
+    scheme = quantization if is_sent_quantized else None
+    rows = torch.empty(slots, 576, dtype=torch.bfloat16 if scheme is None else FP8_DTYPE, device=DEVICE)
+    scales = None if scheme is None else torch.empty(cdiv(576, 128), slots, device=DEVICE).T
+    group_ends = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    handle = layer.handle(num_rows)
+
+    def fill(counts: list[int]) -> torch.Tensor:
+        given, ends, expert_of = layer.segments(counts)
+        group_ends.copy_(ends)
+        sent = (given, None) if scheme is None else quantizer(scheme)(given)
+        length = min(slots, len(given))
+        rows.view(torch.uint8)[:length] = sent[0].view(torch.uint8)[:length]
+        if scales is not None:
+            scales[:length] = sent[1][:length]
+        return expert_of[:length] >= 0
+
+    def run() -> torch.Tensor:
+        return layer.apply(rows, handle=handle, group_ends=group_ends, scales=scales, num_rows=num_rows)
+
+    fill([0] * 16)
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for counts in ([0] * 15 + [2 * num_rows], [num_rows // 8] * 16, [0] * 16, [1, 0, num_rows, 3] + [0] * 12):
+        used = fill(counts)
+        graph.replay()
+        replayed = out[: len(used)][used].clone()
+        expected = layer.check_contiguous(counts, None if scheme is None else quantizer(scheme), num_rows=num_rows)
+        assert torch.equal(replayed, expected)
 
 
 @hopper_only

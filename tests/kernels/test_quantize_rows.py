@@ -134,6 +134,36 @@ def test_batched_experts_leave_padding_alone(group_size: int | None) -> None:
     assert (scales[~used] == CANARY).all()
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("rows_at_once", [1, 9999])
+def test_rows_of_groups(rows_at_once: int, group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 0, 1, 9, 0, 8 and 0 rows from multiples of 8; those between and behind them are left alone."""
+    monkeypatch.setattr(quantize_rows_module, "_RESIDENT_WARPS", rows_at_once)
+    group_ends = torch.tensor([0, 1, 17, 24, 32, 32], dtype=torch.int32, device=DEVICE)
+    used = torch.zeros(48, dtype=torch.bool, device=DEVICE)
+    used[0] = used[8:17] = used[24:32] = True
+    x = normal(48, 160)
+    x[~used] = torch.nan
+    groups = cdiv(160, group_size or 160)
+    out, scales, static = canaries(48, 160, dtype=FP8_DTYPE), canaries(groups, 48), torch.tensor([0.3], device=DEVICE)
+    quantize_rows(x, out, scales.T, group_ends=group_ends, alignment=8)
+    check_quantized((out[used], scales.T[used]), x[used], group_size)
+    assert (out[~used].float() == CANARY).all()
+    assert (scales[:, ~used] == CANARY).all()
+    quantize_rows(x, out, static_scale=static, group_ends=group_ends, alignment=8)
+    assert torch.equal(out[used].float(), definition.quantize_static(x[used], static).float())
+    assert (out[~used].float() == CANARY).all()
+
+
+def test_no_rows_of_groups() -> None:
+    out, scales = canaries(16, 40, dtype=FP8_DTYPE), canaries(16, 1)
+    for ends in ([0, 0], [0]):
+        group_ends = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        quantize_rows(normal(16, 40), out, scales, group_ends=group_ends, alignment=8)
+    assert (out.float() == CANARY).all()
+    assert (scales == CANARY).all()
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 4, 9999])
 def test_rows_in_use_are_shared_by_any_number_of_programs(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of one expert, of none and of all; slices of `out` longer than those of x."""
@@ -256,6 +286,34 @@ def test_permuted_with_every_kind_of_group_scales(hidden_size: int, experts: int
     assert (by_slot[empty] == CANARY).all()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("experts", [None, 4])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("hidden_size", [48, 2880])
+def test_rows_that_are_quantized_move_as_they_are(
+    hidden_size: int, group_size: int | None, experts: int | None, packed: bool
+) -> None:
+    """With NaN, whose bits stay too; from separate tensors, and from rows that their scales follow in one buffer."""
+    x, slots, _, filled = permuted_case(hidden_size, torch.bfloat16)
+    x[3, 5] = torch.nan
+    sent, sent_scales = quantized(x, group_size)
+    groups = sent_scales.shape[1]
+    if packed:
+        buffer = torch.zeros(4, hidden_size + 4 * groups, dtype=torch.uint8, device=DEVICE)
+        buffer[:, :hidden_size] = sent.view(torch.uint8)
+        buffer[:, hidden_size:] = sent_scales.view(torch.uint8)
+        sent, sent_scales = buffer[:, :hidden_size].view(FP8_DTYPE), buffer[:, hidden_size:].view(torch.float32)
+    place = [] if experts is None else [experts]
+    here, here_scales = canaries(8, hidden_size, dtype=FP8_DTYPE), canaries(*place, groups, 8 // (experts or 1))
+    out, scales = here.clone(), here_scales.clone()
+    permute_rows(x, slots, here, here_scales)
+    permute_rows(sent, slots, out, scales, x_scales=sent_scales)
+    assert torch.equal(out.view(torch.uint8), here.view(torch.uint8))
+    assert torch.equal(scales.view(torch.int32), here_scales.view(torch.int32))
+    empty = [slot for slot in range(8) if slot not in filled]
+    assert (out[empty].float() == CANARY).all()
+
+
 def test_two_pairs_of_one_slot() -> None:
     """As the masked layout has it for two k with one expert."""
     x = normal(2, 200)
@@ -321,3 +379,13 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         permute_rows(x, slots, canaries(2, 300, dtype=x.dtype), static_scale=one)
     with pytest.raises(ShapeError, match="neither"):
         permute_rows(x, slots, out)
+    sent, filled = canaries(2, 300, dtype=FP8_DTYPE), canaries(3, 2)
+    for rows, given, to in (
+        (sent, None, filled),
+        (x, canaries(2, 3), filled),
+        (sent, canaries(2, 1), filled),
+        (sent, canaries(1, 3), filled),
+        (sent, canaries(2, 1), canaries(1, 2, dtype=torch.int32)),
+    ):
+        with pytest.raises(ShapeError, match="x_scales"):
+            permute_rows(rows, slots, out, to, x_scales=given)
