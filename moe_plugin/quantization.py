@@ -127,6 +127,18 @@ def has_static_activations(scheme: QuantConfig | None) -> bool:
     return isinstance(scheme, Fp8PerTensor) and scheme.static_activations
 
 
+def dispatched_groups(scheme: QuantConfig | None, hidden_size: int) -> int:
+    """Scales of a row of activations that is quantized before it travels.
+
+    0 where that is left to the experts: without a scheme, with static scales, or in groups that no kernel makes.
+    Example, H = 192: Fp8Block() -> 2, Fp8PerToken() -> 1, Fp8Block(64, 64) -> 0.
+    """
+    if scheme is None or has_static_activations(scheme):
+        return 0
+    group_size = input_group_size(scheme) or hidden_size
+    return -(-hidden_size // group_size) if group_size in (GROUP_SIZE, hidden_size) else 0
+
+
 Shapes = tuple[tuple[int, ...], ...]
 
 

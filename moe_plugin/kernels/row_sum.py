@@ -7,8 +7,10 @@ Example, H = 1:
     weights  [[0.5, 2], [9, 1], [9, 9]]
     out      [[0.5 * 30 + 2 * 10], [1 * 20], [0]] = [[35], [20], [0]]
 
-An index below 0 skips its term: neither that row nor its weight is read. This module works without Triton; the torch
-form then adds in the same order.
+An index below 0 skips its term: neither that row nor its weight is read. One term may find its rows elsewhere: with
+own_term = 1 and own_rows [[70], [80]] out is [[0.5 * 30 + 2 * 70], [1 * 80], [0]] = [[155], [80], [0]].
+
+This module works without Triton; the torch form then adds in the same order.
 """
 
 from typing import no_type_check
@@ -39,9 +41,9 @@ if triton is not None:
     @triton.jit
     @no_type_check  # a tuple that grows in an unrolled loop has no type
     def _row_sum_kernel(
-        rows_ptr, index_ptr, weights_ptr, out_ptr, hidden_size,
-        stride_row, stride_index_t, stride_index_j, stride_weights_t, stride_weights_j, stride_out,
-        TERMS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+        rows_ptr, own_rows_ptr, index_ptr, weights_ptr, out_ptr, hidden_size,
+        stride_row, stride_own_row, stride_index_t, stride_index_j, stride_weights_t, stride_weights_j, stride_out,
+        TERMS: tl.constexpr, OWN_TERM: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         wait_for_the_kernel_before(PDL)
         token = tl.program_id(0).to(tl.int64)
@@ -53,7 +55,10 @@ if triton is not None:
             indices += (tl.load(index_ptr + token * stride_index_t + term * stride_index_j),)
         values = ()
         for term in tl.static_range(TERMS):
-            row_ptr = rows_ptr + indices[term].to(tl.int64) * stride_row
+            if term == OWN_TERM:
+                row_ptr = own_rows_ptr + indices[term].to(tl.int64) * stride_own_row
+            else:
+                row_ptr = rows_ptr + indices[term].to(tl.int64) * stride_row
             values += (tl.load(row_ptr + columns, mask=in_row & (indices[term] >= 0), other=0.0),)
         if weights_ptr is not None:
             weights = ()
@@ -77,24 +82,34 @@ def row_sum(
     weights: torch.Tensor | None,
     out: torch.Tensor,
     use_triton: bool | None = None,
+    *,
+    own_term: int | None = None,
+    own_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out[t] = sum over j of weights[t, j] * rows[index[t, j]], in the order of j.
 
     rows: float [R, H], rows may be strided. index: int32 [T, J], entries in [-1, R). weights: float [T, J], or None for
     a plain sum. out: float [T, H], rows may be strided; overwritten and returned.
+    own_term, own_rows: the term j = own_term reads own_rows, float [R', H] of the same dtype, instead; both or none.
     use_triton: None takes Triton for CUDA tensors where it is installed; True also under its interpreter.
     """
     if use_triton is None:
         use_triton = rows.is_cuda and triton is not None
     if not use_triton:
-        return _torch_sum(rows, index, weights, out)
-    for launch in row_sum_launches(rows, index, weights, out):
+        return _torch_sum(rows, index, weights, out, own_term, own_rows)
+    for launch in row_sum_launches(rows, index, weights, out, own_term=own_term, own_rows=own_rows):
         launch.run()
     return out
 
 
 def row_sum_launches(
-    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    own_term: int | None = None,
+    own_rows: torch.Tensor | None = None,
 ) -> list[Launch]:
     """What `row_sum` launches with Triton."""
     if out.numel() == 0:
@@ -108,10 +123,11 @@ def row_sum_launches(
     launch = _launch.launch(
         (num_tokens, cdiv(hidden_size, block_h)),
         (
-            rows, index, weights, out, hidden_size,
-            rows.stride(0), *index.stride(), stride_weights_t, stride_weights_j, out.stride(0),
+            rows, own_rows, index, weights, out, hidden_size,
+            rows.stride(0), 0 if own_rows is None else own_rows.stride(0), *index.stride(),
+            stride_weights_t, stride_weights_j, out.stride(0),
         ),
-        (terms, block_h, pdl),
+        (terms, -1 if own_term is None else own_term, block_h, pdl),
         num_warps=num_warps,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -127,13 +143,19 @@ def _num_warps(num_tokens: int, hidden_size: int) -> int:
 
 
 def _torch_sum(
-    rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor | None,
+    out: torch.Tensor,
+    own_term: int | None,
+    own_rows: torch.Tensor | None,
 ) -> torch.Tensor:
-    if rows.shape[0] == 0:
-        return out.zero_()
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for j in range(index.shape[1]):
-        value = rows[index[:, j].clamp(min=0)].float()
+        source = own_rows if j == own_term and own_rows is not None else rows
+        if source.shape[0] == 0:
+            continue
+        value = source[index[:, j].clamp(min=0)].float()
         if weights is not None:
             value = value * weights[:, j, None].float()
         # A skipped row may hold NaN, so it is left out rather than multiplied by zero.

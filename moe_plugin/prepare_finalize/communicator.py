@@ -11,12 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moe_plugin.errors import ConfigError, PeerLostError
+from moe_plugin.modular_kernel import Receiver
+
+T = TypeVar("T")
 
 ROLL_CALL_SECONDS = 2.0
 """How long a rank that lost a collective waits for others to say that they are alive."""
@@ -29,6 +32,29 @@ _roll_calls: Counter[str] = Counter()
 def communication_stream(device: torch.device) -> torch.cuda.Stream | None:
     """The one stream of `device` on which asynchronous dispatch and combine run; None on CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def overlapped(
+    stream: torch.cuda.Stream | None, start: Callable[[], Callable[[], T]], inputs: tuple[torch.Tensor, ...]
+) -> Receiver[T]:
+    """Run both halves of an operation on `stream`; the receiver makes the caller's stream wait.
+
+    start: begins the operation, and returns its second half. On CPU, where stream is None, the receiver runs that one.
+    inputs: what the operation reads.
+    """
+    if stream is None:
+        return Receiver(start())
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        result = start()()
+        done = stream.record_event()
+
+    def complete(inputs: tuple[torch.Tensor, ...] = inputs) -> T:
+        # Until the caller's stream waits, memory of `inputs` must not go back to it: this closure holds them.
+        torch.cuda.current_stream(stream.device).wait_event(done)
+        return result
+
+    return Receiver(complete)
 
 
 def _all_gather(*args: Any, **kwargs: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from moe_plugin.config import MoEConfig
-from moe_plugin.errors import CapacityError, ExpertIdError, InputError
+from moe_plugin.errors import CapacityError, ExpertIdError, InputError, PeerLostError, rebuild
 from moe_plugin.prepare_finalize.communicator import Communicator
 
 
@@ -22,6 +24,12 @@ class ErrorFlag(enum.IntFlag):
     """More rows for a rank than a fixed-capacity dispatch has room for."""
     ABORTED = 4
     """The rank was called with arguments of a wrong shape or dtype and sent no tokens."""
+    PEER_LOST = 8
+    """The rank waited for another in vain, so that what it sends is void."""
+
+
+PHASES = {1: "dispatch", 2: "combine", 3: "routing"}
+"""What kernels can have waited for in vain, by the number they report."""
 
 
 class DeferredErrors:
@@ -33,27 +41,41 @@ class DeferredErrors:
     earlier, some ranks could see a flag that others do not see yet. For the same reason what replays flagged is raised
     at `synchronize` only.
 
-    On CUDA `kernel_word` lies in pinned memory of the host, at the same address for kernels: a call without errors
+    Kernels that wait for peers get `kernel_words`: int32 [8], where flag 1 << i goes to word i, and to words 6 and 7,
+    as one int64, who was missing, if any: epoch << 16 | number in PHASES << 8 | rank in the group + 1.
+
+    On CUDA these words lie in pinned memory of the host, at the same address for kernels: a call without errors
     writes nothing, copies nothing, and the host has one load to do.
 
     group: whose ranks raise together, with the time limit on waits; None where a rank raises on its own.
+    peers: whose ranks kernels wait for; those of `group` when None.
     """
 
     EAGER, CAPTURED = 0, 1
 
-    def __init__(self, config: MoEConfig, device: torch.device, group: Communicator | None = None) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        device: torch.device,
+        group: Communicator | None = None,
+        peers: Communicator | None = None,
+    ) -> None:
         self._config = config
         self._device = device
         self._group = group
+        self._peers = group if peers is None else peers
         self._is_cuda = device.type == "cuda"
         self._words = torch.zeros(2, dtype=torch.int32, device=device)
-        # Rows 0 and 1 mirror _words, rows 2 and 3 are written by kernels. A word to a row of 16 bytes, so that kernels
-        # find the same alignment in both.
-        self._host = torch.zeros(4, 4, dtype=torch.int32, pin_memory=self._is_cuda)
-        self._mirrors, kernel_words = self._host[:2, 0], self._host[2:]
-        self._kernel_words = [kernel_words[kind, :1] for kind in (self.EAGER, self.CAPTURED)]
+        # Rows 0 and 1 mirror _words, rows 2 and 3 are written by kernels. Rows of 32 bytes, so that kernels find the
+        # same alignment in both.
+        self._host = torch.zeros(4, _WORDS, dtype=torch.int32, pin_memory=self._is_cuda)
+        self._mirrors = self._host[:2, 0]
+        self._all_words = [self._host[2 + kind] for kind in (self.EAGER, self.CAPTURED)]
+        self._kernel_words = [words[:1] for words in self._all_words]
         # Reading a tensor's value costs microseconds, reading memory does not.
         self._seen = (ctypes.c_int32 * self._host.numel()).from_address(self._host.data_ptr())
+        # Set by kernels that waited in vain, so that those behind them do not wait as long for the same rank.
+        self.lost = torch.zeros(1, dtype=torch.int32, device=device)
         self._event = torch.cuda.Event() if self._is_cuda else None
         self._recorded = False
 
@@ -64,8 +86,12 @@ class DeferredErrors:
         """
         return self._kernel_words[self.CAPTURED if self._is_cuda and _is_capturing() else self.EAGER]
 
+    def kernel_words(self) -> torch.Tensor:
+        """int32 [8] for a kernel launched now that may have several flags, or a lost peer, to report."""
+        return self._all_words[self.CAPTURED if self._is_cuda and _is_capturing() else self.EAGER]
+
     def launched(self) -> None:
-        """The kernel that got `kernel_word` has been launched on the current stream. On CPU, raise at once."""
+        """A kernel with `kernel_word` or `kernel_words` was launched on the current stream. On CPU, raise at once."""
         if not self._is_cuda:
             self.raise_pending()
         elif self._group is not None and not _is_capturing():
@@ -96,12 +122,36 @@ class DeferredErrors:
                 assert self._event is not None
                 self._wait_for(self._event)
         seen = self._seen
-        flags = seen[0] | seen[8]
+        flags = seen[_MIRROR[0]] | seen[_KERNEL[0]] | seen[_KERNEL[0] + 1] | seen[_KERNEL[0] + 2] | seen[_KERNEL[0] + 3]
+        missing = seen[_KERNEL[0] + 6]
         if synchronize:
-            flags |= seen[4] | seen[12]
-        if flags:
-            self._clear(synchronize)
-            raise_for_flags(ErrorFlag(flags), self._config)
+            flags |= seen[_MIRROR[1]]
+            for word in range(_KERNEL[1], _KERNEL[1] + 4):
+                flags |= seen[word]
+            missing |= seen[_KERNEL[1] + 6]
+        if flags or missing:
+            self._raise(ErrorFlag(flags), synchronize)
+
+    def _raise(self, flags: ErrorFlag, captured: bool) -> NoReturn:
+        kinds = (self.EAGER, self.CAPTURED) if captured else (self.EAGER,)
+        records = [self._all_words[kind][6:].view(torch.int64).item() for kind in kinds]
+        record = int(next((record for record in records if record), 0))
+        self._clear(captured)
+        if record or ErrorFlag.PEER_LOST in flags:
+            raise self._peer_lost(record)
+        raise_for_flags(flags, self._config)
+
+    def _peer_lost(self, record: int) -> PeerLostError:
+        seconds = self._config.parallel.timeout_seconds
+        if not record:
+            return PeerLostError(
+                "exchange", None, seconds, "another rank of the group reports it, and its rows are void"
+            )
+        rank, phase, epoch = (record & 0xFF) - 1, PHASES[(record >> 8) & 0xFF], record >> 16
+        group = None if self._peers is None else self._peers.group
+        if group is not None:
+            rank = dist.get_global_rank(group, rank)
+        return PeerLostError(phase, [rank], seconds, f"in epoch {epoch} of the exchange, by the clock of the device")
 
     def _clear(self, captured: bool) -> None:
         if self._is_cuda:
@@ -114,8 +164,9 @@ class DeferredErrors:
         kinds = self.CAPTURED + 1 if captured else self.CAPTURED
         self._words[:kinds].zero_()
         self._mirrors[:kinds].zero_()
-        for word in self._kernel_words[:kinds]:
-            word.zero_()
+        for words in self._all_words[:kinds]:
+            words.zero_()
+        self.lost.zero_()
 
     def _mark(self) -> None:
         assert self._event is not None
@@ -129,10 +180,14 @@ class DeferredErrors:
             self._group.wait_for_event(event, "error flags")
 
 
+_WORDS = 8
+_MIRROR, _KERNEL = (0, _WORDS), (2 * _WORDS, 3 * _WORDS)
+"""Where the words of eager and of captured calls begin among those that the host reads."""
+
 _is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
 
 
-def raise_for_flags(flags: ErrorFlag, config: MoEConfig) -> None:
+def raise_for_flags(flags: ErrorFlag, config: MoEConfig) -> NoReturn:
     """Raise the error that `flags`, of one or several ranks, stand for."""
     if ErrorFlag.EXPERT_ID in flags:
         raise ExpertIdError(f"topk_ids must lie in [-1, {config.num_experts}); ids outside were found on some rank")
@@ -142,6 +197,32 @@ def raise_for_flags(flags: ErrorFlag, config: MoEConfig) -> None:
             f"raise dispatch_capacity (now {config.dispatch_capacity}) or the max_num_tokens of the call"
         )
     raise InputError("a rank was called with wrong arguments and sent no tokens; its own error says which")
+
+
+def raise_together(
+    config: MoEConfig,
+    ep: Communicator,
+    tp: Communicator,
+    problem: InputError | None,
+    own: int,
+    everyone: int = 0,
+) -> NoReturn:
+    """Every rank learns every rank's problem and raises the first one, in rank order; collective over both groups.
+
+    problem: what this rank was called with wrongly, or None. own: this rank's flags. everyone: the flags of all ranks,
+    for errors that are no single rank's.
+    """
+    if problem is None and own & ErrorFlag.EXPERT_ID:
+        problem = ExpertIdError(f"topk_ids must lie in [-1, {config.num_experts}); ids outside were found")
+    mine = None if problem is None else (type(problem).__name__, str(problem))
+    by_tp_rank = tp.gather_objects(ep.gather_objects(mine, "error report"), "error report")
+    for ep_rank, row in enumerate(zip(*by_tp_rank, strict=True)):
+        for tp_rank, found in enumerate(row):
+            if found is not None:
+                kind, text = found
+                where = f"EP rank {ep_rank}" + (f", TP rank {tp_rank}" if tp.size > 1 else "")
+                raise rebuild(kind, f"{where}: {text}") from problem
+    raise_for_flags(ErrorFlag(everyone), config)
 
 
 def or_rows(flags: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,6 @@
-"""From global expert ids to (rank, slot) through the placement table."""
+"""From global expert ids to the slots of a rank that holds them all, through the placement table."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
@@ -19,20 +17,10 @@ from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFla
 from moe_plugin.workspace import Workspace
 
 
-@dataclass(frozen=True, slots=True)
-class Destinations:
-    """rank and slot, both int32 [T, K], contiguous; -1 where the pair is dropped. flags int32 [1], see ErrorFlag."""
-
-    rank: torch.Tensor
-    slot: torch.Tensor
-    flags: torch.Tensor
-
-
 class PlacementLookup:
-    """Looks up destinations for one configuration; tables move to the device once.
+    """Looks up slots for one configuration; tables move to the device once.
 
-    Replicas are taken in turn by token index. Ids outside [-1, E) are flagged and treated as dropped, so that no later
-    step goes out of bounds.
+    Ids outside [-1, E) are flagged and treated as dropped, so that no later step goes out of bounds.
     """
 
     def __init__(self, config: MoEConfig, device: torch.device, use_triton: bool | None = None) -> None:
@@ -40,22 +28,6 @@ class PlacementLookup:
         self._use_triton = uses_triton(device) if use_triton is None else use_triton
         # What a launch depends on besides its arguments.
         self._kind = (*self._tables.tables.slot.shape, self._tables.is_identity)
-
-    def __call__(self, topk_ids: torch.Tensor, first_token: int = 0) -> Destinations:
-        """topk_ids int [T, K] of tokens first_token, first_token + 1, ..."""
-        rank, slot = (torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device) for _ in range(2))
-        flags = torch.zeros(1, dtype=torch.int32, device=topk_ids.device)
-        placement_lookup(
-            topk_ids,
-            self._tables,
-            slot,
-            flags,
-            _EXPERT_ID,
-            rank=rank,
-            first_token=first_token,
-            use_triton=self._use_triton,
-        )
-        return Destinations(rank, slot, flags)
 
     def local(
         self, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, workspace: Workspace, errors: DeferredErrors

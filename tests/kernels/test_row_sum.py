@@ -66,6 +66,20 @@ def test_docstring_example(use_triton: bool) -> None:
 
 
 @each_form
+@pytest.mark.parametrize("num_rows", [3, 0])
+def test_one_term_may_find_its_rows_elsewhere(use_triton: bool, num_rows: int) -> None:
+    rows = torch.tensor([[10.0], [20.0], [30.0]], device=DEVICE)[:num_rows]
+    own_rows = torch.tensor([[70.0, 0.0], [80.0, 0.0]], device=DEVICE)[:, :1]
+    index = torch.tensor([[2, 0], [-1, 1], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    if num_rows == 0:
+        index[:, 0] = -1
+    weights = torch.tensor([[0.5, 2.0], [9.0, 1.0], [9.0, 9.0]], device=DEVICE)
+    out = torch.empty(3, 1, device=DEVICE)
+    row_sum(rows, index, weights, out, use_triton, own_term=1, own_rows=own_rows)
+    assert out.tolist() == [[155 if num_rows else 140], [80], [0]]
+
+
+@each_form
 def test_nan_in_skipped_rows_and_weights_does_not_leak(use_triton: bool) -> None:
     rows, index, weights = random_case(6, 4, 9, 70, torch.float32)
     index[index == 0] = -1

@@ -1,43 +1,23 @@
-"""What the two dispatchers get from the placement table."""
+"""What a dispatcher that holds all experts gets from the placement table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from moe_plugin.config import ExpertPlacement, MoEConfig, ParallelConfig
+from moe_plugin.config import ExpertPlacement, MoEConfig
 from moe_plugin.errors import ExpertIdError
-from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors
 from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
 from moe_plugin.workspace import WorkspaceArena
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOCAL = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
-SPREAD = MoEConfig(
-    num_experts=4,
-    top_k=2,
-    hidden_size=8,
-    intermediate_size=8,
-    parallel=ParallelConfig(ep_size=2),
-    placement=ExpertPlacement.from_table(4, [[0, 1, 2], [1, 3]]),
-)
-
 by_form = pytest.mark.parametrize("use_triton", [False, True], ids=["torch", "triton"])
 
 
 def ids(rows: list[list[int]], dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor(rows, dtype=dtype, device=DEVICE)
-
-
-@by_form
-def test_destinations_take_replicas_in_turn(use_triton: bool) -> None:
-    lookup = PlacementLookup(SPREAD, DEVICE, use_triton)
-    found = lookup(ids([[1, 2], [1, -1], [3, 1]]), first_token=1)
-    assert found.rank.tolist() == [[1, 0], [0, -1], [1, 1]]
-    assert found.slot.tolist() == [[0, 2], [1, -1], [1, 0]]
-    assert int(found.flags) == 0
-    assert int(lookup(ids([[1, 4]])).flags) == ErrorFlag.EXPERT_ID
-    assert int(lookup(ids([[1, 2]])).flags) == 0
 
 
 @by_form
