@@ -163,8 +163,9 @@ class ParallelConfig:
     hold the same tokens and a slice of every local expert's intermediate size.
 
     Give process groups to run, or sizes alone to ask about a deployment. Data parallelism is what `ep_group`
-    already expresses (every EP rank brings its own tokens); `dp_size` and `num_nodes` describe the deployment in the
-    report and are compared between ranks.
+    already expresses (every EP rank brings its own tokens); `dp_size` describes the deployment in the report and is
+    compared between ranks, as is `num_nodes`: ranks of a node are consecutive, and hybrid_dense_routing takes a token
+    to a node once.
     """
 
     ep_group: Any = None
@@ -217,6 +218,9 @@ class MoEConfig:
     cuda_graph: calls will be captured in a CUDA graph: no host sync, shapes from T alone.
     dispatch_capacity: rows per (source, destination) rank pair in fixed-capacity dispatch; max_tokens_per_rank,
         which cannot overflow, when None.
+    dispatch_num_sms: SMs that kernels which move rows between GPUs may take; the rest is free for what runs meanwhile.
+    dispatch_permute: let dispatch bring rows into expert-grouped order where it can, over NVLink for experts that take
+        the Contiguous format, at the price of buffers for every token wanting all its experts of one rank.
     decode_max_tokens: a call announced with at most this many tokens per rank is in the decode phase.
     apply_router_weight_on_input: multiply a token by its router weight before the experts (top_k 1 only).
     """
@@ -236,6 +240,8 @@ class MoEConfig:
     max_tokens_per_rank: int = 4096
     cuda_graph: bool = False
     dispatch_capacity: int | None = None
+    dispatch_num_sms: int = 24
+    dispatch_permute: bool = False
     decode_max_tokens: int = 256
     apply_router_weight_on_input: bool = False
 
@@ -252,6 +258,7 @@ class MoEConfig:
             "intermediate_size",
             "max_tokens_per_rank",
             "decode_max_tokens",
+            "dispatch_num_sms",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

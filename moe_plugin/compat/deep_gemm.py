@@ -1,10 +1,11 @@
-"""DeepGEMM's grouped GEMMs, wherever and under whatever names they are installed.
+"""DeepGEMM's grouped GEMMs and its mega kernel, wherever and under whatever names they are installed.
 
 The module is `deep_gemm` (distribution sgl-deep-gemm), else the copy in vLLM's wheel. Releases moved and renamed calls,
 so each is looked for by itself, standard name first, and what was found is said in features:
 
     bf16, fp8    both the contiguous and the masked call are there for operands of that type
     psum         contiguous calls take group ends instead of one expert per row
+    mega         the SM 90 kernel that is a whole expert-parallel fp8 layer, with all the calls that it needs
     nvrtc        kernels are compiled by NVRTC, so that no nvcc is needed
     cpu          a stand-in that computes on CPU tensors, as tests have
 
@@ -40,7 +41,7 @@ import shutil
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,12 @@ MASKED_NAMES = {
         "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     ),
 }
+MEGA_NAMES = {
+    "buffer": "get_symm_buffer_for_sm90_mega_moe",
+    "weights": "transform_weights_for_mega_moe_sm90",
+    "quantize": "mega_moe_pre_dispatch_sm90",
+    "layer": "fp8_mega_moe",
+}
 ALIGNMENT_NAMES = ("get_mk_alignment_for_contiguous_layout", "get_m_alignment_for_contiguous_layout")
 COMPILED_DIMS = "nk"
 
@@ -103,6 +110,7 @@ class DeepGemm:
     # Indexed by whether operands are fp8, then whether the layout holds group ends: a call decides nothing else.
     _contiguous: tuple[tuple[Call, Call], tuple[Call, Call]] = field(repr=False)
     _masked: tuple[Call, Call] = field(repr=False)
+    _mega: Mapping[str, Call] = field(default_factory=dict, repr=False)
 
     @property
     def alignment(self) -> int:
@@ -163,6 +171,68 @@ class DeepGemm:
         if transform is None:
             raise DeepGemmError(f"{self.module.__name__} {self.version} has no transform_sf_into_required_layout")
         return transform(sf=scales, mn=n, k=k, recipe=(1, 128, 128), num_groups=scales.shape[0], is_sfa=False)
+
+    def mega_weights(
+        self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+    ) -> MegaWeights:
+        """Weights of a rank's experts as the mega kernel takes them: a copy of w13, gate and up by turns of 8 rows.
+
+        w13: fp8 [El, 2I, H], gate rows first. w2: fp8 [El, H, I]. Scales: fp32, one per 128 x 128 tile; they stay as
+        they are. Raises DeepGemmError without the feature `mega`.
+        """
+        return MegaWeights(*self._mega_call("weights")((w13, w13_scale), (w2, w2_scale)))
+
+    def mega_layer(self, group: Any, weights: MegaWeights, *, num_experts: int, top_k: int, max_tokens: int) -> MegaMoE:
+        """The layer over the ranks of a process group. Collective: memory is allocated on all of them together.
+
+        num_experts: of the whole layer; rank r holds the r-th part of them. max_tokens: the most that a rank brings to
+        one call. Kernels are compiled for it, and for tokens and top-k, at the first call.
+        """
+        hidden, inner = weights.w2[0].shape[1:]
+        buffer = self._mega_call("buffer")(group, num_experts, max_tokens, top_k, hidden, inner)
+        return MegaMoE(weights, buffer, self._mega_call("quantize"), self._mega_call("layer"))
+
+    def _mega_call(self, part: str) -> Call:
+        call = self._mega.get(part)
+        if call is None:
+            raise DeepGemmError(f"{self.module.__name__} {self.version} lacks {MEGA_NAMES[part]}")
+        return call
+
+
+@dataclass(frozen=True, slots=True)
+class MegaWeights:
+    """The answer of `DeepGemm.mega_weights`: fp8 weights and fp32 scales of both GEMMs."""
+
+    w13: tuple[torch.Tensor, torch.Tensor]
+    w2: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MegaMoE:
+    """A whole expert-parallel fp8 layer in two launches: rows are quantized into memory that all ranks see, then one
+    kernel dispatches, computes with silu(gate) * up between the two GEMMs, and combines.
+
+    That kernel waits on the device for every rank of its group, up to 300 s, so all of them have to call. Of two calls
+    in flight the later would overwrite the rows of the earlier: one stream at a time. A captured graph holds addresses
+    of the shared memory, which lives as long as this object.
+    """
+
+    weights: MegaWeights
+    _buffer: Any = field(repr=False)
+    _quantize: Call = field(repr=False)
+    _layer: Call = field(repr=False)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states: bf16 [T, H]. topk_ids: int32 [T, K], -1 drops the pair. topk_weights: fp32 [T, K]. All
+        contiguous. out: bf16 [T, H]. Returns `out`; nothing waits for the device.
+        """
+        buffer = self._buffer
+        shared = (buffer.x, buffer.x_sf, buffer.topk_idx, buffer.topk_weights)
+        self._quantize(hidden_states, topk_ids, topk_weights, *shared, hidden_states.shape[0])
+        self._layer(out, self.weights.w13, self.weights.w2, buffer)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +407,9 @@ def _read(module: ModuleType) -> tuple[DeepGemm, list[str]]:
     found = [call for call in contiguous.values() if call is not None]
     if found and all(_takes(call, "use_psum_layout") for call in found):
         features.add("psum")
+    mega = {part: call for part, name in MEGA_NAMES.items() if (call := _symbol(module, (name,))) is not None}
+    if len(mega) == len(MEGA_NAMES):
+        features.add("mega")
     if getattr(module, "COMPUTES_ON_CPU", False):
         features.add("cpu")
 
@@ -367,6 +440,7 @@ def _read(module: ModuleType) -> tuple[DeepGemm, list[str]]:
         _symbol(module, ALIGNMENT_NAMES) or (lambda: 128),
         (contiguous_calls("bf16"), contiguous_calls("fp8")),
         (masked_call("bf16"), masked_call("fp8")),
+        mega,
     )
     return library, missing
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.experts.layout_tables import TRITON_FUSED_MOE, describe_rule, measured_gain
+from moe_plugin.prepare_finalize.hybrid_dense_routing import HybridDenseRouting
 from moe_plugin.verdict import Gate
 
 AutoGate = Callable[[MoEConfig, Environment], Gate]
@@ -46,6 +47,28 @@ def measured_faster(config: MoEConfig, environment: Environment) -> Gate:
     )
 
 
+def nvlink(config: MoEConfig, environment: Environment) -> Gate:
+    """Where rows go over torch.distributed anyway, nccl_all_to_all sends fewer that nobody uses."""
+    why_not = HybridDenseRouting.why_not_nvlink(config, environment)
+    return Gate(
+        "peer access (auto only)",
+        not why_not,
+        why_not or "every pair",
+        "GPUs of one host that reach each other's memory, and Triton",
+        "an explicit request moves rows over torch.distributed where they do not",
+    )
+
+
+def all_of(*gates: AutoGate) -> AutoGate:
+    """The first of `gates` that fails, else the last."""
+
+    def gate(config: MoEConfig, environment: Environment) -> Gate:
+        found = [each(config, environment) for each in gates]
+        return next((each for each in found if not each.ok), found[-1])
+
+    return gate
+
+
 RANKING: tuple[RankedStrategy, ...] = (
     RankedStrategy(
         "local+deep_gemm_hybrid",
@@ -58,6 +81,21 @@ RANKING: tuple[RankedStrategy, ...] = (
         auto_gate=compiled_triton,
     ),
     RankedStrategy("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
+    RankedStrategy(
+        "hybrid_dense_routing+deep_gemm_hybrid",
+        "rows go straight into peers' memory over NVLink, and DeepGEMM's GEMMs were measured to be faster",
+        auto_gate=all_of(nvlink, measured_faster),
+    ),
+    RankedStrategy(
+        "hybrid_dense_routing+triton_fused_moe",
+        "rows go straight into peers' memory over NVLink and nothing waits for the host, fused kernels in between",
+        auto_gate=all_of(nvlink, compiled_triton),
+    ),
+    RankedStrategy(
+        "hybrid_dense_routing+torch_native",
+        "rows go straight into peers' memory over NVLink; torch's grouped matmul runs on any device",
+        auto_gate=nvlink,
+    ),
     RankedStrategy(
         "nccl_all_to_all+deep_gemm_hybrid",
         "experts are spread over ranks, and DeepGEMM's GEMMs were measured to be faster; Triton where they are not",

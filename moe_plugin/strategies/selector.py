@@ -46,17 +46,24 @@ def explain(config: MoEConfig, strategy: str = AUTO, environment: Environment | 
     if request.is_phased or (request.decode == AUTO and config.cuda_graph):
         phased = {phase: survey(phase_config(config, phase), environment) for phase in PHASES}
         report = _report(request, config, environment, phased, is_phased=True)
-        if request.is_phased or _differ(report):
+        if request.is_phased or _differ(report, config):
             return report
     return _report(request, config, environment, dict.fromkeys(PHASES, survey(config, environment)), is_phased=False)
 
 
-def _differ(report: SelectionReport) -> bool:
-    """Whether a captured decode and an eager prefill want two layers: other classes, or the same in other modes."""
+def _differ(report: SelectionReport, config: MoEConfig) -> bool:
+    """Whether a captured decode and an eager prefill want two layers: other classes, or the same in other modes.
+
+    An exchange with room for every token of a prefill has work with that room in a decode, and one with less would
+    overflow in a prefill.
+    """
     decode, prefill = report.entry("decode"), report.entry("prefill")
     if decode is None or prefill is None:
         return decode is not prefill
-    return (decode.strategy, decode.host_syncs) != (prefill.strategy, prefill.host_syncs)
+    if (decode.strategy, decode.host_syncs) != (prefill.strategy, prefill.host_syncs):
+        return True
+    has_capacity = "+" in decode.strategy and pair_classes(decode.strategy)[0].has_capacity
+    return has_capacity and (config.dispatch_capacity or config.decode_max_tokens) < config.max_tokens_per_rank
 
 
 def select(config: MoEConfig, strategy: str = AUTO, environment: Environment | None = None) -> SelectionReport:

@@ -147,7 +147,10 @@ class Inputs:
 
 @dataclass
 class Case:
-    """A layer built with one strategy on the ranks of a context, and the oracle over all its experts."""
+    """A layer built with one strategy on the ranks of a context, and the oracle over all its experts.
+
+    num_nodes: as many as the ranks are said to be spread over.
+    """
 
     context: RankContext
     strategy: str
@@ -155,9 +158,10 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict)
     tp_size: int = 1
     timeout_seconds: float = 30.0
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
-        parallel = self.context.parallel(self.tp_size, self.timeout_seconds)
+        parallel = replace(self.context.parallel(self.tp_size, self.timeout_seconds), num_nodes=self.num_nodes)
         overrides = DEFAULTS | self.overrides
         experts = pair_classes(self.strategy)[1] if "+" in self.strategy else None
         self._rounds_gate_up = experts is not None and experts.rounds_gate_up

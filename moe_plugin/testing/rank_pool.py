@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -107,9 +108,10 @@ class RankPool:
 
     def _collect(self, members: list[int], seconds: float) -> list[Any]:
         results, failures = [], []
+        deadline = time.monotonic() + seconds
         for rank in members:
             try:
-                if not self._pipes[rank].poll(seconds):
+                if not self._pipes[rank].poll(max(0.0, deadline - time.monotonic())):
                     failures.append(f"rank {rank}: no answer within {seconds:g} s")
                     continue
                 ok, value = self._pipes[rank].recv()

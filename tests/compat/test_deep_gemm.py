@@ -31,6 +31,19 @@ def fp8_m_grouped_gemm_nt_masked(a, b, d, masked_m, expected_m, recipe=None, com
     calls.append(("fp8 masked", masked_m, compiled_dims, expected_m))
 """
 COMPLETE = f'__version__ = "9.9"\n{BF16}{FP8}'
+MEGA = """
+def get_symm_buffer_for_sm90_mega_moe(group, num_experts, num_max_tokens_per_rank, num_topk, hidden, inner):
+    class Buffer:
+        x, x_sf, topk_idx, topk_weights = "x", "x_sf", "topk_idx", "topk_weights"
+    calls.append(("buffer", group, num_experts, num_max_tokens_per_rank, num_topk, hidden, inner))
+    return Buffer()
+def transform_weights_for_mega_moe_sm90(l1_weights, l2_weights):
+    return ("interleaved", l1_weights[1]), l2_weights
+def mega_moe_pre_dispatch_sm90(*arguments):
+    calls.append(("quantize", *arguments))
+def fp8_mega_moe(y, l1_weights, l2_weights, sym_buffer):
+    calls.append(("layer", y, l1_weights, l2_weights, sym_buffer.x))
+"""
 OLD = """
 calls = []
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(lhs, rhs, out, m_indices):
@@ -271,6 +284,30 @@ def test_what_calls_are_given(write: Write) -> None:
         ("bf16 masked", LAYOUT, "nk", 5),
         ("fp8 masked", LAYOUT, "nk", 6),
     ]
+
+
+def test_what_the_mega_kernel_is_given(write: Write) -> None:
+    write("deep_gemm", COMPLETE + MEGA)
+    library = compat.library()
+    assert library.features == FEATURES | {"mega"}
+    w2, rows, ids, router_weights, out = torch.empty(2, 512, 256), torch.empty(3, 512), X, LAYOUT, torch.empty(3, 512)
+    weights = library.mega_weights(X, LAYOUT, w2, X)
+    layer = library.mega_layer("group", weights, num_experts=8, top_k=4, max_tokens=16)
+    assert layer(rows, ids, router_weights, out) is out
+    assert library.module.calls == [
+        ("buffer", "group", 8, 16, 4, 512, 256),
+        ("quantize", rows, ids, router_weights, "x", "x_sf", "topk_idx", "topk_weights", 3),
+        ("layer", out, ("interleaved", LAYOUT), (w2, X), "x"),
+    ]
+
+
+def test_part_of_the_mega_kernel_is_none_of_it(write: Write) -> None:
+    write("deep_gemm", COMPLETE + MEGA.partition("def fp8_mega_moe")[0])
+    library = compat.library()
+    assert library.features == FEATURES
+    weights = library.mega_weights(X, LAYOUT, torch.empty(2, 512, 256), X)
+    with pytest.raises(DeepGemmError, match=r"deep_gemm 9\.9 lacks fp8_mega_moe"):
+        library.mega_layer("group", weights, num_experts=8, top_k=4, max_tokens=16)
 
 
 @pytest.mark.parametrize("dims", ["", "mnk", "n"])

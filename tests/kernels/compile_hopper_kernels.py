@@ -23,11 +23,17 @@ hopper_gemm.dependent_launch = lambda: True
 
 
 def compile_hopper(
-    gated: bool, tile: HopperTile, scheme: str | None, bias: bool = False, in_parts: bool = False
+    gated: bool,
+    tile: HopperTile,
+    scheme: str | None,
+    bias: bool = False,
+    in_parts: bool = False,
+    is_listed: bool = False,
 ) -> dict[str, Any]:
     """{"instructions": which of its kinds are there, "stack": bytes per thread, "shared": bytes per program}
 
-    scheme: None for bf16, "block", "token" or "static". H = 2880, I = 704.
+    scheme: None for bf16, "block", "token" or "static". in_parts: it is known where rows end. is_listed: blocks say
+    where they begin. H = 2880, I = 704.
     """
     hidden, inner, slots = 2880, 704, 2 * tile.block_x
     config = MoEConfig(num_experts=1, top_k=1, hidden_size=hidden, intermediate_size=inner)
@@ -37,7 +43,8 @@ def compile_hopper(
     out = torch.empty(slots, columns, dtype=dtype if gated else torch.bfloat16)
     biases = torch.empty(1, w_rows, dtype=torch.bfloat16) if bias else None
     row_ends = torch.full((1,), slots, dtype=torch.int32) if in_parts else None
-    blocks = SlotBlocks(torch.zeros(2, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32), None, row_ends)
+    block_row = torch.zeros(2, dtype=torch.int32) if is_listed else None
+    blocks = SlotBlocks(torch.zeros(2, dtype=torch.int32), torch.full((1,), 2, dtype=torch.int32), block_row, row_ends)
     scales = None if scheme is None else _scales(gated, scheme, x, w_rows, columns)
     if gated:
         (launch,) = gate_up_activation_launches(x, w, biases, out, blocks, tile, config, 132, scales)
@@ -82,4 +89,5 @@ CASES: dict[str, tuple[Any, ...]] = {
     "down narrow fp8 block": (False, HopperTile(False, 64, 128), "block"),
     "gate_up narrow bf16 in parts": (True, HopperTile(False, 64, 128), None, False, True),
     "gate_up narrow fp8 block in parts": (True, HopperTile(False, 64, 128), "block", False, True),
+    "gate_up narrow fp8 block, listed": (True, HopperTile(False, 32, 128), "block", False, True, True),
 }

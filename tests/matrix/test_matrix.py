@@ -4,6 +4,9 @@ What a gate refuses is skipped with the gate's reason. Where there is no GPU, Tr
 product take an hour: its strategies then run every row in bf16 on one and two ranks, and the rows named below in every
 dtype on every number of ranks. On GPUs everything runs. fp8 rows exist in bf16 alone.
 
+Without a GPU hybrid_dense_routing moves rows over torch.distributed. What experts do with rows that were dispatched is
+the same behind it as behind nccl_all_to_all, so with interpreted experts a few of its rows are enough.
+
 deep_gemm_hybrid computes in bf16 alone. Without a GPU it runs on the contract double of DeepGEMM, which has to agree
 with the package in tests/compat.
 """
@@ -31,6 +34,10 @@ INTERPRETED_ONCE = [
     "fp8_repeatable",
 ]
 """Rows about what fp8 experts do with their rows, however these came; in the interpreter one dispatcher must do."""
+HYBRID = "hybrid_dense_routing+"
+HYBRID_INTERPRETED = ["top_k_2", "no_tokens", "dropped_ids", "fp8_block"]
+HYBRID_FIXED = ["fixed_capacity", "capacity_overflow_raises"]
+"""Rows of torch experts under CUDA graphs are refused, so that others have to run them."""
 ROWS_WITHOUT_DISPATCH = ["tensor_parallel", "fp8_tensor_parallel", "top_k_2"]
 """On several ranks `local` is what tensor parallelism runs; one more row shows what its gate says otherwise."""
 
@@ -38,6 +45,8 @@ ROWS_WITHOUT_DISPATCH = ["tensor_parallel", "fp8_tensor_parallel", "top_k_2"]
 def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
     """The rows of the matrix that one cell runs."""
     names = [name for name in CHECKS if dtype == torch.bfloat16 or not name.startswith("fp8_")]
+    if strategy.startswith(HYBRID) and device_type_for(num_ranks) == "cpu":
+        return hybrid_rows(strategy, num_ranks, dtype, names)
     if strategy.endswith("+deep_gemm_hybrid"):
         if dtype != torch.bfloat16:
             return ["top_k_2"]
@@ -51,6 +60,15 @@ def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
     if interpreted and not strategy.startswith("local+"):
         return [name for name in names if name not in INTERPRETED_ONCE]
     return names
+
+
+def hybrid_rows(strategy: str, num_ranks: int, dtype: torch.dtype, names: list[str]) -> list[str]:
+    """`rows` of hybrid_dense_routing without a GPU. names: all there are."""
+    if strategy.endswith("+torch_native"):
+        return INTERPRETED_ROWS if dtype == torch.float16 else names
+    if num_ranks != 2 or dtype != torch.bfloat16:
+        return []
+    return HYBRID_INTERPRETED + HYBRID_FIXED * strategy.endswith("+triton_fused_moe")
 
 
 def cells() -> Iterator[object]:

@@ -141,17 +141,30 @@ def test_the_same_strategy_for_both_phases_has_a_configuration_for_each() -> Non
     assert layer.prefill.config.max_tokens_per_rank == layer.config.max_tokens_per_rank
 
 
-def test_auto_gives_the_same_classes_two_modes_where_a_captured_exchange_has_a_fixed_capacity() -> None:
+@pytest.mark.parametrize(
+    ("peer_access", "dispatcher", "host_syncs"), [(True, "hybrid_dense_routing", 0), (False, "nccl_all_to_all", 1)]
+)
+def test_auto_gives_the_same_classes_two_modes_where_a_captured_exchange_has_a_fixed_capacity(
+    peer_access: bool, dispatcher: str, host_syncs: int
+) -> None:
     config = layer_config(ep_size=8, cuda_graph=True, max_tokens_per_rank=4096)
-    report = select(config, "auto", gpu(90))
-    assert set(report.chosen.values()) == {"nccl_all_to_all+triton_fused_moe"}
+    machine = gpu(90, peer_access=peer_access)
+    report = select(config, "auto", machine)
+    assert set(report.chosen.values()) == {f"{dispatcher}+triton_fused_moe"}
     assert report.is_phased
     decode, prefill = report.entry("decode"), report.entry("prefill")
     assert decode is not None
     assert prefill is not None
-    assert (decode.host_syncs, prefill.host_syncs) == (0, 1)
+    assert (decode.host_syncs, prefill.host_syncs) == (0, host_syncs)
     assert decode.workspace_bytes < prefill.workspace_bytes
-    assert not select(layer_config(ep_size=8), "auto", gpu(90)).is_phased
+    assert not select(layer_config(ep_size=8), "auto", machine).is_phased
+
+
+def test_one_mode_is_enough_where_every_call_is_small_or_nothing_is_exchanged() -> None:
+    small = {"cuda_graph": True, "max_tokens_per_rank": 128}
+    assert not select(layer_config(ep_size=8, **small), "auto", gpu(90)).is_phased
+    assert select(layer_config(ep_size=8, dispatch_capacity=64, **small), "auto", gpu(90)).is_phased
+    assert not select(layer_config(cuda_graph=True), "auto", gpu(90)).is_phased
 
 
 def test_auto_chooses_two_when_a_captured_decode_needs_another_one(monkeypatch: pytest.MonkeyPatch) -> None:

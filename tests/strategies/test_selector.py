@@ -206,6 +206,7 @@ def test_third_party_classes_stand_in_the_table() -> None:
     assert strategy_names()[: len(BUILT_IN)] == BUILT_IN
     assert set(strategy_names()[len(BUILT_IN) :]) == {
         "local+loop",
+        "hybrid_dense_routing+loop",
         "nccl_all_to_all+loop",
         "batched_local+loop",
         "batched_local+deep_gemm_hybrid",
@@ -227,7 +228,7 @@ def test_a_ranked_monolithic_strategy_is_chosen_like_any_pair(monkeypatch: pytes
     monkeypatch.setattr(selector, "RANKING", ranking(RankedStrategy("oracle", "one kernel")))
     assert strategy_names()[0] == "oracle"
     assert select(layer_config(), "auto", gpu(90)).chosen["decode"] == "oracle"
-    assert select(layer_config(ep_size=2), "auto", gpu(90)).chosen["decode"] == "nccl_all_to_all+triton_fused_moe"
+    assert select(layer_config(ep_size=2), "auto", gpu(90)).chosen["decode"] == "hybrid_dense_routing+triton_fused_moe"
 
 
 def test_router_weights_must_be_applied_where_the_format_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:

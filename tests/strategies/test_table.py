@@ -1,7 +1,8 @@
 """What every built-in strategy answers on every kind of machine, written out.
 
 A cell is "available", "explicit only", or the gates that refuse the strategy. A gate that suddenly refuses everything,
-or nothing any more, changes a cell.
+or nothing any more, changes a cell. A row has cells for `local` and for dispatched experts; those hold behind either
+dispatcher, but that `auto` takes hybrid_dense_routing where its NVLink kernels run alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ STRATEGIES = (
     "local+deep_gemm_hybrid",
     "local+triton_fused_moe",
     "local+torch_native",
+    "hybrid_dense_routing+deep_gemm_hybrid",
+    "hybrid_dense_routing+triton_fused_moe",
+    "hybrid_dense_routing+torch_native",
     "nccl_all_to_all+deep_gemm_hybrid",
     "nccl_all_to_all+triton_fused_moe",
     "nccl_all_to_all+torch_native",
@@ -46,7 +50,7 @@ def no_deep_gemm(gates: str, others: tuple[str, ...] = ALL) -> tuple[str, ...]:
     """`others` where these gates refuse deep_gemm_hybrid, beside those that refuse its dispatch."""
     return tuple(
         (gates if each in (YES, ASKED) else f"{each} {gates}") if "deep_gemm" in strategy else each
-        for strategy, each in zip(STRATEGIES, others, strict=True)
+        for strategy, each in zip((*STRATEGIES[:3], *STRATEGIES[6:]), others, strict=True)
     )
 
 
@@ -98,6 +102,7 @@ TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...], str | None]
     "sm90 EP 2": (gpu(90), {"ep_size": 2}, NO_EP, STRATEGIES[4]),
     "sm90 EP 8": (gpu(90), {"ep_size": 8}, NO_EP, STRATEGIES[4]),
     "sm90 EP 3, not a divisor of E": (gpu(90), {"ep_size": 3}, NO_EP, STRATEGIES[4]),
+    "sm90 EP 8 without peer access": (gpu(90, peer_access=False), {"ep_size": 8}, NO_EP, STRATEGIES[7]),
     "sm90 TP 2": (gpu(90), {"tp_size": 2}, ALL, STRATEGIES[1]),
     "sm90 EP 4 TP 2": (gpu(90), {"ep_size": 4, "tp_size": 2}, NO_EP, STRATEGIES[4]),
     "sm80 EP 8 graph": (
@@ -173,7 +178,7 @@ TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...], str | None]
         CPU,
         {"ep_size": 2},
         (f"ep_size {NO_DEEP_GEMM}", "ep_size device", "ep_size", *CPU_TORCH[3:]),
-        STRATEGIES[5],
+        STRATEGIES[8],
     ),
     "cpu EP 2 without gloo": (
         CPU.pretend(backends=("nccl",)),
@@ -193,7 +198,7 @@ TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...], str | None]
         INTERPRETER,
         {"ep_size": 2},
         (f"ep_size {NO_DEEP_GEMM}", "ep_size", "ep_size", *INTERPRETED[3:]),
-        STRATEGIES[5],
+        STRATEGIES[8],
     ),
     "interpreter graph": (
         INTERPRETER,
@@ -240,16 +245,27 @@ TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...], str | None]
 }
 
 
-@pytest.mark.parametrize(("environment", "layer", "expected", "choice"), TABLE.values(), ids=TABLE)
-def test_standing(
-    environment: Environment, layer: dict[str, Any], expected: tuple[str, ...], choice: str | None
-) -> None:
+WITHOUT_NVLINK = {"sm75", "sm90 without Triton", "sm90 with Triton too old", "sm90 EP 8 without peer access"}
+"""Of the rows with GPUs."""
+
+
+def cells(name: str) -> tuple[str, ...]:
+    """A row of the table, hybrid_dense_routing in the middle."""
+    environment, _, expected, _ = TABLE[name]
+    kernels = environment.device_type == "cuda" and name not in WITHOUT_NVLINK
+    hybrid = (ASKED if each == YES and not kernels else each for each in expected[3:])
+    return *expected[:3], *hybrid, *expected[3:]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_standing(name: str) -> None:
+    environment, layer, _, choice = TABLE[name]
     config = layer_config(**layer)
     seen = {
         entry.strategy: " ".join(gate.name for gate in entry.verdict.failed) or entry.standing()
         for entry in survey(config, environment)
     }
-    assert seen == dict(zip(STRATEGIES, expected, strict=True))
+    assert seen == dict(zip(STRATEGIES, cells(name), strict=True))
     assert explain(config, "auto", environment).chosen["decode"] == choice
 
 
@@ -264,7 +280,8 @@ def test_what_may_be_captured_does_not_wait_for_the_host(sm: int, dtype: torch.d
 
 
 @pytest.mark.parametrize(
-    ("sm", "expected"), [(80, (0, 0, 1, 1, 1, 2)), (90, (0, 0, 0, 1, 1, 1)), (100, (0, 0, 0, 1, 1, 1))]
+    ("sm", "expected"),
+    [(80, (0, 0, 1, 0, 0, 1, 1, 1, 2)), (90, (0, 0, 0) * 2 + (1, 1, 1)), (100, (0, 0, 0) * 2 + (1, 1, 1))],
 )
 def test_host_synchronizations_of_an_eager_call(sm: int, expected: tuple[int, ...]) -> None:
     seen = {entry.strategy: entry.host_syncs for entry in survey(layer_config(), gpu(sm))}
@@ -273,6 +290,6 @@ def test_host_synchronizations_of_an_eager_call(sm: int, expected: tuple[int, ..
 
 def test_every_strategy_is_available_somewhere_and_refused_somewhere() -> None:
     for column in range(len(STRATEGIES)):
-        standings = {row[2][column] for row in TABLE.values()}
+        standings = {cells(name)[column] for name in TABLE}
         assert YES in standings
         assert standings - {YES, ASKED}
