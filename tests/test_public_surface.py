@@ -222,7 +222,7 @@ assert "triton" in refused["local+triton_fused_moe"], refused
 device = torch.device("cpu")
 weights, inputs = Weights.random(config, device), Inputs.random(config, 5, device, 0)
 expected = moe_plugin.reference_moe(*inputs.as_tuple(), weights.w13, weights.w2)
-for strategy in ("auto", "nccl_all_to_all+torch_native"):
+for strategy in ("auto", "hybrid_dense_routing+torch_native", "nccl_all_to_all+torch_native"):
     layer = moe_plugin.build(config, **weights.of_rank(config), strategy=strategy)
     torch.testing.assert_close(layer(*inputs.as_tuple()), expected, rtol=1e-4, atol=1e-4)
 print(layer.strategy)

@@ -19,6 +19,7 @@ from moe_plugin.quantization import (
     canonical_scale,
     dequantize_rows,
     dequantize_weights,
+    dispatched_groups,
     fake_quantize,
     gate_first,
     has_static_activations,
@@ -307,3 +308,20 @@ def test_gate_first_of_what_has_no_halves() -> None:
     assert gate_first(per_expert) is per_expert
     with pytest.raises(ShapeError, match=r"\[4, 3, 2\]"):
         gate_first(torch.ones(4, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "hidden_size", "groups"),
+    [
+        (None, 192, 0),
+        (Fp8Block(), 192, 2),
+        (Fp8Block(), 128, 1),
+        (Fp8PerToken(), 192, 1),
+        (Fp8PerTensor(), 192, 1),
+        (Fp8PerTensor(static_activations=True), 192, 0),
+        (Fp8Block(64, 64), 192, 0),
+        (Fp8Block(64, 64), 64, 1),
+    ],
+)
+def test_scales_that_travel_with_a_row(scheme: QuantConfig | None, hidden_size: int, groups: int) -> None:
+    assert dispatched_groups(scheme, hidden_size) == groups

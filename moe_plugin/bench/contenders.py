@@ -8,6 +8,7 @@ vLLM's wheel).
 from __future__ import annotations
 
 import abc
+import functools
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -117,25 +118,35 @@ class StrategyContender(Contender):
         return torch.__version__
 
     def prepare(self, layer: Layer, max_tokens: int) -> Prepared:
-        device = layer.w13.device
-        config = replace(layer.config, max_tokens_per_rank=max_tokens, cuda_graph=device.type == "cuda")
-        # An arena of its own: memory that captured graphs keep is freed with the layer.
-        arena = WorkspaceArena(device)
+        capturable = layer.w13.device.type == "cuda"
         try:
-            built = build(config, **layer.weights, strategy=self.strategy, arena=arena)  # type: ignore[arg-type]
-        except StrategyUnsupportedError:
-            config = replace(config, cuda_graph=False)
-            try:
-                built = build(config, **layer.weights, strategy=self.strategy, arena=arena)  # type: ignore[arg-type]
-            except StrategyUnsupportedError as problem:
-                raise UnsupportedError(str(problem)) from problem
-
-        def bind(inputs: Inputs) -> Job:
-            arguments = (inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
-            return Job(lambda: built(*arguments), lambda output: _own_accuracy(built, layer, inputs, output))
-
+            built = self.build(layer, max_tokens, capturable)
+        except UnsupportedError:
+            if not capturable:
+                raise
+            capturable = False
+            built = self.build(layer, max_tokens, capturable)
         seen = f"chose {built.strategy}" if built.strategy != self.name and self.role == STRATEGY else ""
-        return Prepared(bind, config.cuda_graph, lambda tokens: seen)
+        return Prepared(functools.partial(self.bind, built, layer), capturable, lambda tokens: seen)
+
+    def build(self, layer: Layer, max_tokens: int, cuda_graph: bool) -> MoELayer:
+        """The layer, for calls that are captured or not. Raises UnsupportedError with the gate that fails."""
+        config = replace(layer.config, max_tokens_per_rank=max_tokens, cuda_graph=cuda_graph)
+        # An arena of its own: memory that captured graphs keep is freed with the layer.
+        arena = WorkspaceArena(layer.w13.device)
+        try:
+            return build(config, **layer.weights, strategy=self.strategy, arena=arena)  # type: ignore[arg-type]
+        except StrategyUnsupportedError as problem:
+            raise UnsupportedError(str(problem)) from problem
+
+    def bind(self, built: MoELayer, layer: Layer, inputs: Inputs) -> Job:
+        """One call. Where there are several ranks, all announce their number of tokens, as a server does."""
+        arguments = (inputs.hidden_states, inputs.topk_ids, inputs.topk_weights)
+        announced = inputs.tokens if layer.config.parallel.ep_size > 1 else None
+        return Job(
+            lambda: built(*arguments, max_num_tokens=announced),
+            lambda output: _own_accuracy(built, layer, inputs, output),
+        )
 
 
 class VllmFusedExperts(Contender):
@@ -163,7 +174,7 @@ class VllmFusedExperts(Contender):
                 "activation": activation,
                 "quant_config": quant_config,
             }
-            return Job(lambda: fused_moe.fused_experts(**arguments), _layer_check(layer, inputs))
+            return Job(lambda: fused_moe.fused_experts(**arguments), noise_check(layer, inputs))
 
         return Prepared(bind, note=lambda tokens: note)
 
@@ -214,7 +225,7 @@ class VllmDeepGemmExperts(Contender):
                 "expert_map": None,
                 "apply_router_weight_on_input": False,
             }
-            return Job(lambda: kernel.apply(**arguments), _layer_check(layer, inputs))
+            return Job(lambda: kernel.apply(**arguments), noise_check(layer, inputs))
 
         return Prepared(bind)
 
@@ -231,10 +242,7 @@ class DeepGemmGroupedGemms(Contender):
     ALIGNMENT: ClassVar[int] = 128
 
     def version(self) -> str:
-        package = deep_gemm.probe()
-        if package.usable and package.module != self.package:
-            return f"of vllm {probe_package('vllm').describe()}"
-        return package.version if package.usable and package.version else package.describe()
+        return deep_gemm_version()
 
     def prepare(self, layer: Layer, max_tokens: int) -> Prepared:
         config = layer.config
@@ -245,14 +253,27 @@ class DeepGemmGroupedGemms(Contender):
         unit = 64 if config.quantization is None else 128
         if config.hidden_size % unit or config.intermediate_size % unit:
             raise UnsupportedError(f"DeepGEMM needs H and I to be multiples of {unit}")
-        try:
-            library = deep_gemm.library()
-        except MissingPackageError as problem:
-            raise NotInstalledError(deep_gemm.INSTALL) from problem
+        library = deep_gemm_library()
         kind = "bf16" if config.quantization is None else "fp8"
         if kind not in library.features:
             raise UnsupportedError(f"{library.module.__name__} {library.version} lacks grouped GEMMs for {kind}")
         return Prepared(lambda inputs: _grouped_gemms(library, layer, inputs))
+
+
+def deep_gemm_version() -> str:
+    """Which DeepGEMM peers get."""
+    package = deep_gemm.probe()
+    if package.usable and package.module != deep_gemm.PACKAGE:
+        return f"of vllm {probe_package('vllm').describe()}"
+    return package.version if package.usable and package.version else package.describe()
+
+
+def deep_gemm_library() -> DeepGemm:
+    """DeepGEMM for a peer. Raises NotInstalledError, or DeepGemmError when it is unusable."""
+    try:
+        return deep_gemm.library()
+    except MissingPackageError as problem:
+        raise NotInstalledError(deep_gemm.INSTALL) from problem
 
 
 def _grouped_gemms(library: DeepGemm, layer: Layer, inputs: Inputs) -> Job:
@@ -362,7 +383,7 @@ def _own_accuracy(built: MoELayer, layer: Layer, inputs: Inputs, output: torch.T
     return Accuracy.of_any(output[inputs.sample()], right_answers(layer, inputs, rounds), tolerance)
 
 
-def _layer_check(layer: Layer, inputs: Inputs) -> Callable[[Any], Accuracy]:
+def noise_check(layer: Layer, inputs: Inputs) -> Callable[[Any], Accuracy]:
     """Compare a peer's output with the oracle on a sample of tokens.
 
     Peers round fp8 scales and intermediates in ways of their own, so activations of that oracle are not quantized.

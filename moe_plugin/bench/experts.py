@@ -13,7 +13,7 @@ import platform
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,10 @@ class Sweep:
             raise ConfigError(f"unknown skew {self.skew!r}; known: {', '.join(SKEWS)}")
         if not self.time_budget > 0:
             raise ConfigError(f"the time budget must be positive, got {self.time_budget:g}")
-        # Names are checked before minutes are spent.
+        self.check_names()
+
+    def check_names(self) -> None:
+        """Before minutes are spent: raises for a layer, a peer or a strategy that there is not."""
         for layer in self.layers:
             layer_config(layer, "bf16")
         for name in self.peers:
@@ -119,21 +122,17 @@ class Sweep:
 
     @property
     def settings(self) -> Settings:
-        return Settings(
-            layers=self.layers,
-            tokens=self.tokens,
-            dtypes=self.dtypes,
-            strategies=self.strategies,
-            peers=self.peers,
-            skew=self.skew,
-            seed=self.seed,
-            time_budget=self.time_budget,
-        )
+        names = [setting.name for setting in fields(Settings) if hasattr(self, setting.name)]
+        return Settings(**{name: getattr(self, name) for name in names})
 
     @property
     def command(self) -> str:
         """The command line that measures the same again."""
-        words = ["moe-plugin", "bench", "experts"]
+        return self.spelled("experts")
+
+    def spelled(self, subcommand: str, *more: str) -> str:
+        """`moe-plugin bench SUBCOMMAND` with the options of this sweep, and `more` of them."""
+        words = ["moe-plugin", "bench", subcommand]
         presets = [layer for layer in self.layers if "," not in layer]
         words += ["--preset", ",".join(presets)] if presets else []
         for layer in self.layers:
@@ -144,7 +143,7 @@ class Sweep:
         for name in self.peers:
             words += ["--peer", name]
         words += ["--skew", self.skew, "--seed", str(self.seed), "--time-budget", f"{self.time_budget:g}"]
-        return shlex.join([*words, "--device", self.device])
+        return shlex.join([*words, *more, "--device", self.device])
 
     @property
     def num_cells(self) -> int:
@@ -187,9 +186,9 @@ class Entrant:
 
     def fail(self, problem: BaseException) -> None:
         """Take this contender out, with the reason; what was measured before is dropped."""
-        if _status(problem) == FAILED:
+        if status_of(problem) == FAILED:
             logger.debug("%s failed", self.contender.name, exc_info=problem)
-        self.status, self.detail = _status(problem), describe(problem)
+        self.status, self.detail = status_of(problem), describe(problem)
         self.samples.clear()
 
     def call(self, clock: str) -> Callable[[], Any] | None:
@@ -205,19 +204,20 @@ class Entrant:
             status=self.status,
             detail=self.detail,
             note=self.note,
-            error=None if self.accuracy is None else _finite(self.accuracy.error),
-            row_error=None if self.accuracy is None else _finite(self.accuracy.row_error),
+            error=None if self.accuracy is None else finite(self.accuracy.error),
+            row_error=None if self.accuracy is None else finite(self.accuracy.row_error),
             **self.samples,
         )
 
 
-def _status(problem: BaseException) -> str:
+def status_of(problem: BaseException) -> str:
+    """One of results.STATUSES for what a contender raised."""
     if isinstance(problem, NotInstalledError):
         return NOT_INSTALLED
     return UNSUPPORTED if isinstance(problem, UnsupportedError) else FAILED
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return float(f"{value:.3g}") if abs(value) < float("inf") else None
 
@@ -298,7 +298,7 @@ def _measure(
                     entrant.samples["cpu"] = summarize(stopwatch.host_time(call, sweep.time_budget * HOST_SHARE))
                 except Exception as problem:  # see _prepare
                     entrant.fail(problem)
-        experts_hit = inputs.topk_ids.unique().numel() if _alive(stopwatch) else 0
+        experts_hit = inputs.experts_hit(layer.config) if _alive(stopwatch) else 0
     num_flops, num_bytes = flops(layer.config, tokens), compulsory_bytes(layer, inputs, experts_hit)
     least, bound = floor(ceilings, num_flops, num_bytes, layer.config.quantization is not None)
     return Cell(

@@ -18,50 +18,41 @@ SKEWS = ("uniform", "zipf", "one-expert", "balanced")
 """How tokens choose their K distinct experts: all alike; the expert of rank r (a random order) with probability
 proportional to 1 / r; expert 0 first for every token and the others alike; or in turn, so that all get as many."""
 
+RANK_STRIDE = 1_000_003
+"""Between the seeds of two ranks' tokens."""
+
 SAMPLED_TOKENS = 32
 """Tokens of a call that are compared with the oracle, spread evenly from the first to the last."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer on a device: a name for reports, its configuration, and weights as `moe_plugin.build` takes them."""
+    """One rank's part of a layer: a name for reports, its configuration, and weights as `moe_plugin.build` takes them.
+
+    seed: what the weights were made from. Those of an expert follow from it and the expert alone, so that every rank
+    can make those of another.
+    """
 
     name: str
     config: MoEConfig
     weights: dict[str, torch.Tensor | None]
+    seed: int
 
     @classmethod
     def random(cls, name: str, config: MoEConfig, device: torch.device, seed: int) -> Layer:
-        """Weights are made and quantized expert by expert on the device, so that no second copy is ever held.
+        """The experts of this rank, made and quantized one by one, so that no second copy is ever held.
 
         Outputs have about the size of inputs. The same seed gives the same weights before quantization. Per-tensor fp8
         has one scale for gate and up, which is what all peers can take.
         """
-        generator = torch.Generator(device).manual_seed(seed)
-        experts, inner, hidden = config.num_experts, config.intermediate_size, config.hidden_size
-
-        def matrices(rows: int, depth: int, scale: float, halves: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-            out = torch.empty(experts, rows, depth, dtype=config.weight_dtype, device=device)
-            scales = []
-            for expert in range(experts):
-                matrix = torch.randn(rows, depth, generator=generator, device=device).mul_(scale)
-                if config.quantization is None:
-                    out[expert] = matrix
-                    continue
-                quantized, expert_scale = quantize_weights(matrix[None], config.quantization, halves)
-                out[expert] = quantized[0]
-                scales.append(expert_scale)
-            return out, torch.cat(scales) if scales else None
-
-        block = config.quantization is not None and config.quantization.name == "fp8_block"
-        w13, w13_scale = matrices(2 * inner, hidden, hidden**-0.5, 2 if block else 1)
-        w2, w2_scale = matrices(hidden, inner, 2 * inner**-0.5, 1)
-        weights: dict[str, torch.Tensor | None] = {"w13": w13, "w2": w2, "w13_scale": w13_scale, "w2_scale": w2_scale}
-        if config.has_bias:
-            for bias, width in (("w13_bias", 2 * inner), ("w2_bias", hidden)):
-                values = torch.randn(experts, width, generator=generator, device=device).mul_(0.5)
-                weights[bias] = values.to(config.dtype)
-        return cls(name, config, weights)
+        experts = config.expert_placement.experts_of_rank[config.parallel.ep_rank]
+        weights: dict[str, Any] = dict.fromkeys(("w13", "w2", "w13_scale", "w2_scale"))
+        for slot, expert in enumerate(experts):
+            for part, tensor in random_expert(config, expert, device, seed).items():
+                if slot == 0:
+                    weights[part] = tensor.new_empty(len(experts), *tensor.shape[1:])
+                weights[part][slot] = tensor[0]
+        return cls(name, config, weights, seed)
 
     @property
     def w13(self) -> torch.Tensor:
@@ -88,34 +79,72 @@ class Layer:
         )
 
     def expert(self, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert, leading dimension 1."""
-        return {name: tensor[expert : expert + 1] for name, tensor in self.weights.items() if tensor is not None}
+        """The tensors of one expert of the whole layer, leading dimension 1; made anew where another rank holds it."""
+        experts = self.config.expert_placement.experts_of_rank[self.config.parallel.ep_rank]
+        if expert not in experts:
+            return random_expert(self.config, expert, self.w13.device, self.seed)
+        slot = experts.index(expert)
+        return {name: tensor[slot : slot + 1] for name, tensor in self.weights.items() if tensor is not None}
 
     def dequantized(self, name: str, expert: int) -> torch.Tensor:
         """w13 [1, 2I, H] or w2 [1, H, I] of one expert as floats."""
-        scheme, tensors = self.config.quantization, self.expert(expert)
-        if scheme is None:
-            return tensors[name]
-        return dequantize_weights(tensors[name], tensors[f"{name}_scale"], scheme, halves=2 if name == "w13" else 1)
+        return _dequantized(self.config, self.expert(expert), name)
+
+
+def random_expert(config: MoEConfig, expert: int, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """The weights of one expert, leading dimension 1: w13, w2 and, where the configuration has them, scales, biases."""
+    generator = torch.Generator(device).manual_seed(seed * config.num_experts + expert)
+    inner, hidden = config.intermediate_size, config.hidden_size
+    block = config.quantization is not None and config.quantization.name == "fp8_block"
+    tensors: dict[str, torch.Tensor] = {}
+    for name, rows, depth, scale, halves in (
+        ("w13", 2 * inner, hidden, hidden**-0.5, 2 if block else 1),
+        ("w2", hidden, inner, 2 * inner**-0.5, 1),
+    ):
+        matrix = torch.randn(1, rows, depth, generator=generator, device=device).mul_(scale)
+        if config.quantization is None:
+            tensors[name] = matrix.to(config.dtype)
+        else:
+            tensors[name], tensors[f"{name}_scale"] = quantize_weights(matrix, config.quantization, halves)
+    if config.has_bias:
+        for name, width in (("w13_bias", 2 * inner), ("w2_bias", hidden)):
+            tensors[name] = torch.randn(1, width, generator=generator, device=device).mul_(0.5).to(config.dtype)
+    return tensors
+
+
+def _dequantized(config: MoEConfig, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if config.quantization is None:
+        return tensors[name]
+    halves = 2 if name == "w13" else 1
+    return dequantize_weights(tensors[name], tensors[f"{name}_scale"], config.quantization, halves=halves)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call: hidden_states [T, H], topk_ids int32 [T, K], topk_weights fp32 [T, K], rows of which sum to one."""
+    """One call on a rank: hidden_states [T, H], topk_ids int32 [T, K], topk_weights fp32 [T, K], rows summing to 1.
+
+    routing: topk_ids of all ranks in the same call, int32 [R, T, K]; None where there is one.
+    """
 
     hidden_states: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
+    routing: torch.Tensor | None = None
     expected: dict[tuple[bool, bool], torch.Tensor] = field(default_factory=dict, compare=False)
     """What the sampled tokens must give, by the last two arguments of `oracle_of_sample`, which fills it."""
 
     @classmethod
     def random(cls, config: MoEConfig, tokens: int, skew: str, device: torch.device, seed: int) -> Inputs:
+        """`tokens` on every rank. The ranks draw one routing of all their tokens, so that a skew is the same to all."""
+        parallel = config.parallel
         generator = torch.Generator(device).manual_seed(seed)
+        ids = choose_experts(skew, parallel.ep_size * tokens, config.num_experts, config.top_k, generator)
+        routing = ids.view(parallel.ep_size, tokens, config.top_k)
+        generator.manual_seed(seed + RANK_STRIDE * (parallel.ep_rank + 1))
         hidden = torch.randn(tokens, config.hidden_size, generator=generator, device=device)
-        ids = choose_experts(skew, tokens, config.num_experts, config.top_k, generator)
         weights = torch.rand(tokens, config.top_k, generator=generator, device=device) + 0.1
-        return cls(hidden.to(config.dtype), ids, weights / weights.sum(dim=-1, keepdim=True))
+        own = routing[parallel.ep_rank].clone()
+        return cls(hidden.to(config.dtype), own, weights / weights.sum(dim=-1, keepdim=True), routing)
 
     @property
     def tokens(self) -> int:
@@ -125,6 +154,12 @@ class Inputs:
         """Indices of the tokens that are compared with the oracle, int64 on the device."""
         count = min(self.tokens, SAMPLED_TOKENS)
         return torch.linspace(0, self.tokens - 1, count, device=self.hidden_states.device).round().long()
+
+    def experts_hit(self, config: MoEConfig) -> int:
+        """Experts of this rank that a token of any rank chose."""
+        chosen = (self.topk_ids if self.routing is None else self.routing).unique().tolist()
+        own = config.expert_placement.experts_of_rank[config.parallel.ep_rank]
+        return len(set(chosen) & set(own))
 
 
 def choose_experts(skew: str, tokens: int, num_experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
@@ -172,7 +207,8 @@ def oracle(
             w13, w2 = tensors["w13"], tensors["w2"]
             extra: dict[str, Any] = {"quantization": config.quantization, **scales}
         else:
-            w13, w2, extra = layer.dequantized("w13", expert), layer.dequantized("w2", expert), {}
+            w13, w2 = (_dequantized(config, tensors, name) for name in ("w13", "w2"))
+            extra = {}
         out += reference_moe(x, own, router_weights, w13, w2, **arguments, **biases, **extra)
     return out
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_plugin.bench.results import GEMMS_ONLY, PEER, STRATEGY, Cell, Run
+from moe_plugin.bench.results import GEMMS_ONLY, PEER, PHASES, STRATEGY, Cell, CommCell, Run
 from moe_plugin.bench.summary import names, ratio
 from moe_plugin.errors import ConfigError, MissingPackageError
 
@@ -26,12 +26,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     the row of times only. Of equal cells in several runs the last one counts.
     Raises MissingPackageError without matplotlib, ConfigError when there is nothing to draw or the format is unknown.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as problem:
-        raise MissingPackageError("matplotlib", "bench", "a plot of results") from problem
-
+    figure_class, canvas_class = _matplotlib()
     latest = {(c.layer.name, c.dtype, c.skew, c.tokens): c for run in runs for c in run.cells}
     cells = [cell for cell in latest.values() if any(m.best for m in cell.measurements)]
     if not cells:
@@ -42,8 +37,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     style = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(contenders)}
     has_ratios = any(_ratios([cell], contenders) for cell in cells)
     kinds = 2 if has_ratios else 1
-    figure = Figure(figsize=(1.2 + 3.6 * len(layers), 1.2 + 2.6 * kinds * len(dtypes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_class(figsize=(1.2 + 3.6 * len(layers), 1.2 + 2.6 * kinds * len(dtypes)), layout="constrained")
+    canvas_class(figure)
     grid = figure.subplots(kinds * len(dtypes), len(layers), squeeze=False)
     for row, dtype in enumerate(dtypes):
         for column, (layer, skew) in enumerate(layers):
@@ -56,6 +51,88 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 _bars(grid[kinds * row + 1][column], own, contenders, style)
     for row in range(len(grid)):
         grid[row][0].set_ylabel("time / floor" if row % kinds == 0 else "peer's time / ours")
+    _finish(figure, runs, "One MoE layer", path)
+
+
+def draw_comm(runs: Sequence[Run], path: Path) -> None:
+    """Write one figure over all dispatch and combine results of `runs`; the file's ending chooses the format.
+
+    A column per layer and dtype, a row each for dispatch, combine and both: microseconds over tokens per rank, graph
+    times as lines, eager ones dotted. Dashed: the bytes of the first contender at the ceiling of peer writes. Of equal
+    cells in several runs the last one counts.
+    Raises MissingPackageError without matplotlib, ConfigError when there is nothing to draw or the format is unknown.
+    """
+    figure_class, canvas_class = _matplotlib()
+    latest = {
+        (c.layer.name, c.dtype, c.skew, c.world, c.tokens): (c, run.ceilings.peer_write_bytes_per_second)
+        for run in runs
+        for c in run.comm
+    }
+    cells = [pair for pair in latest.values() if any(m.best for m in pair[0].measurements)]
+    if not cells:
+        raise ConfigError("nothing to draw: no cell has a time")
+    columns = list(dict.fromkeys((c.layer.name, c.dtype, c.skew, c.world) for c, _ in cells))
+    contenders = list(dict.fromkeys(m.contender for c, _ in cells for m in c.measurements if m.best))
+    style = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(contenders)}
+    figure = figure_class(figsize=(1.4 + 3.8 * len(columns), 1.4 + 2.5 * len(PHASES)), layout="constrained")
+    canvas_class(figure)
+    grid = figure.subplots(len(PHASES), len(columns), squeeze=False)
+    for column, (layer, dtype, skew, world) in enumerate(columns):
+        own = [(c, top) for c, top in cells if (c.layer.name, c.dtype, c.skew, c.world) == (layer, dtype, skew, world)]
+        own.sort(key=lambda pair: pair[0].tokens)
+        for row, phase in enumerate(PHASES):
+            _comm_times(grid[row][column], own, phase, style)
+            grid[row][0].set_ylabel(f"{phase}, us")
+        title = f"{layer}, {dtype}, {world} ranks" + ("" if skew == "uniform" else f", {skew}")
+        grid[0][column].set_title(title, fontsize=10)
+        grid[-1][column].set_xlabel("tokens per rank", fontsize=8)
+    _finish(figure, runs, "Dispatch and combine", path)
+
+
+def _comm_times(
+    axes: Any, cells: Sequence[tuple[CommCell, float | None]], phase: str, style: Mapping[str, tuple[str, str]]
+) -> None:
+    for name, (color, marker) in style.items():
+        for clock, line in (("graph", "-"), ("eager", ":")):
+            found = [
+                (i, getattr(times, phase).median)
+                for i, (c, _) in enumerate(cells)
+                if (m := c.of(name)) is not None and (times := getattr(m, clock)) is not None
+            ]
+            if found:
+                label = name if clock == "graph" else f"{name}, eager"
+                places, medians = zip(*found, strict=True)
+                axes.plot(
+                    places, medians, color=color, marker=marker, markersize=4, linewidth=1.4, ls=line, label=label
+                )
+    floors = [
+        (i, 1e6 * first.bytes_of(phase) / top)
+        for i, (c, top) in enumerate(cells)
+        if top and (first := next((m for m in c.measurements if m.best), None)) is not None
+    ]
+    if floors:
+        places, times = zip(*floors, strict=True)
+        axes.plot(places, times, color=PARITY, linestyle="--", linewidth=0.9, label="bytes at the peer-write ceiling")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(axis="y", alpha=0.25)
+    _ticks(axes, range(len(cells)), [c for c, _ in cells])
+    axes.tick_params(which="minor", labelsize=7)
+    axes.set_xlabel("")
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as problem:
+        raise MissingPackageError("matplotlib", "bench", "a plot of results") from problem
+    return Figure, FigureCanvasAgg
+
+
+def _finish(figure: Any, runs: Sequence[Run], subject: str, path: Path) -> None:
+    """One legend for all panels, the devices, and the file."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -63,7 +140,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), frameon=False
     )
     devices = ", ".join(dict.fromkeys(run.machine.device for run in runs))
-    figure.suptitle(f"One MoE layer on {devices}", fontsize=12)
+    figure.suptitle(f"{subject} on {devices}", fontsize=12)
     try:
         figure.savefig(path, dpi=130)
     except ValueError as problem:
@@ -130,7 +207,7 @@ def _ratios(cells: Sequence[Cell], contenders: Sequence[str]) -> dict[str, list[
     return {peer: values for peer, values in found.items() if any(value is not None for value in values)}
 
 
-def _ticks(axes: Any, positions: range, cells: Sequence[Cell]) -> None:
+def _ticks(axes: Any, positions: range, cells: Sequence[Cell | CommCell]) -> None:
     axes.set_xticks(list(positions), [str(cell.tokens) for cell in cells], fontsize=8)
     axes.set_xlabel("tokens", fontsize=8)
     axes.tick_params(labelsize=8)

@@ -7,6 +7,8 @@ Schema `moe_plugin.bench/1`, one object per file:
     ceilings                    Ceilings, measured at the start of the run
     settings                    Settings of the sweep
     cells                       one Cell per (layer, dtype, tokens), with one Measurement per contender
+    comm                        one CommCell per (layer, dtype, tokens), with one CommMeasurement per contender; not
+                                there where it is empty
 
 Times are microseconds. Fields are only ever added within version 1; a reader ignores those it does not know.
 Derived numbers (TFLOP/s, TB/s, share of the floor, ratios) are not stored: they follow from these.
@@ -49,12 +51,13 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Microseconds of `count` repetitions: median and 10th to 90th percentile."""
+    """Microseconds of `count` repetitions: median, 10th to 90th percentile, and the 95th where it was taken."""
 
     median: float
     p10: float
     p90: float
     count: int
+    p95: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,71 @@ class Cell:
         return self.bytes / time / 1e6
 
 
+PHASES = ("dispatch", "combine", "both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommTimes:
+    """Dispatch and combine apart, each with a cold L2, and `both`, one right after the other.
+
+    The time of a repetition is that of its slowest rank.
+    """
+
+    dispatch: Timing
+    combine: Timing
+    both: Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommMeasurement:
+    """One contender's dispatch and combine in one cell.
+
+    contender, role, status, detail, note: as in Measurement. error, row_error: the largest of any rank.
+    dispatch_bytes, combine_bytes: payload that leaves the busiest GPU: a token's row once per other rank that needs it,
+        in the dtype in which it travels, with its scales; nothing for ids, weights, padding or duplicates.
+    num_sms: SMs that it says it takes.
+    graph: CUDA graph. eager: from idle streams.
+    """
+
+    contender: str
+    role: str
+    status: str
+    detail: str = ""
+    note: str = ""
+    error: float | None = None
+    row_error: float | None = None
+    dispatch_bytes: int = 0
+    combine_bytes: int = 0
+    num_sms: int | None = None
+    graph: CommTimes | None = None
+    eager: CommTimes | None = None
+
+    @property
+    def best(self) -> CommTimes | None:
+        """The graph times where there are any, else the eager ones."""
+        return self.graph or self.eager
+
+    def bytes_of(self, phase: str) -> int:
+        """Of one of PHASES."""
+        return (phase != "combine") * self.dispatch_bytes + (phase != "dispatch") * self.combine_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommCell:
+    """One (layer, dtype, tokens) over `world` ranks; tokens: of each rank. dtype, skew: as in Cell."""
+
+    layer: LayerFacts
+    dtype: str
+    tokens: int
+    world: int
+    skew: str
+    measurements: tuple[CommMeasurement, ...] = ()
+
+    def of(self, contender: str) -> CommMeasurement | None:
+        """The measurement of a contender, if it took part."""
+        return next((m for m in self.measurements if m.contender == contender), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
     """What the machine reached on the simplest work at the start of the run.
@@ -137,11 +205,13 @@ class Ceilings:
     copy_bytes_per_second: device-to-device copy, bytes read plus bytes written.
     matmul_flops: FLOP/s of a large square product by dtype ("bf16", "fp8"), where torch has it.
     graph_overhead: microseconds between the events around a graph of one tiny kernel; every graph time contains it.
+    peer_write_bytes_per_second: what leaves each GPU while all write to their peers at once.
     """
 
     copy_bytes_per_second: float
     matmul_flops: Mapping[str, float]
     graph_overhead: float | None = None
+    peer_write_bytes_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +235,11 @@ class MachineFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What was asked for. time_budget: seconds of measuring per contender and cell."""
+    """What was asked for. time_budget: seconds of measuring per contender and cell. world: ranks of a layer.
+
+    With several ranks, tokens, FLOPs, bytes and experts of a cell are those of one rank (the one with most), and a time
+    is that of the slowest rank in each repetition.
+    """
 
     layers: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -175,6 +249,7 @@ class Settings:
     skew: str
     seed: int
     time_budget: float
+    world: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,17 +263,25 @@ class Run:
     settings: Settings
     cells: tuple[Cell, ...] = ()
     schema: str = SCHEMA
+    comm: tuple[CommCell, ...] = ()
 
     def with_cell(self, cell: Cell) -> Run:
         return dataclasses.replace(self, cells=(*self.cells, cell))
 
+    def with_comm_cell(self, cell: CommCell) -> Run:
+        return dataclasses.replace(self, comm=(*self.comm, cell))
+
     def to_json(self) -> str:
         """The schema above; one line per cell, so that two files can be compared by eye."""
         head = dataclasses.asdict(self)
-        cells = ",\n".join(f"    {json.dumps(cell)}" for cell in head.pop("cells"))
+        lists = {name: head.pop(name) for name in ("cells", "comm")}
         head = {"schema": head.pop("schema"), **head}
         text = json.dumps(head, indent=2).removesuffix("\n}")
-        return f'{text},\n  "cells": [\n{cells}\n  ]\n}}\n'
+        for name, cells in lists.items():
+            if cells or name == "cells":
+                lines = ",\n".join(f"    {json.dumps(cell)}" for cell in cells)
+                text += f',\n  "{name}": [\n{lines}\n  ]'
+        return f"{text}\n}}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Run:

@@ -34,12 +34,13 @@ CPU_BURST = 16
 
 
 def summarize(samples: Sequence[float]) -> Timing:
-    """Median, 10th and 90th percentile (linear between neighbours) of microseconds; at least one sample."""
+    """Median, 10th, 90th and 95th percentile (linear between neighbours) of microseconds; at least one sample."""
     ordered = sorted(samples)
     return Timing(
         median=round(statistics.median(ordered), 3),
         p10=round(_percentile(ordered, 0.1), 3),
         p90=round(_percentile(ordered, 0.9), 3),
+        p95=round(_percentile(ordered, 0.95), 3),
         count=len(ordered),
     )
 
@@ -93,11 +94,16 @@ class Stopwatch:
 
     def capture(self, call: Call) -> tuple[Call, Any]:
         """One call as a CUDA graph: its replay, and the output that every replay writes. Warm up before."""
+        replay, output = self.record(call)
+        replay()
+        self.synchronize()
+        return replay, output
+
+    def record(self, call: Call) -> tuple[Call, Any]:
+        """As `capture`, without a first replay: ranks replay together, or not at all when one of them could not."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = call()
-        graph.replay()
-        self.synchronize()
         return graph.replay, output
 
     def take_turns(self, calls: Sequence[Call], seconds: float, from_idle: bool) -> list[Samples]:
@@ -106,7 +112,7 @@ class Stopwatch:
         from_idle: each call starts on an idle stream; else the host runs ahead.
         """
         results = [Samples() for _ in calls]
-        with _no_collection():
+        with no_collection():
             cost = self._round(calls, results, from_idle)
             for result in results:
                 result.times.clear()
@@ -124,7 +130,7 @@ class Stopwatch:
     def host_time(self, call: Call, seconds: float) -> list[float]:
         """Microseconds on the host clock of each of several calls, the device working behind."""
         times: list[float] = []
-        with _no_collection():
+        with no_collection():
             self.synchronize()
             begin = time.perf_counter()
             while len(times) < LEAST_ROUNDS or (len(times) < MOST_ROUNDS and time.perf_counter() - begin < seconds):
@@ -218,7 +224,7 @@ def _fp8_matmul(a: torch.Tensor, b: torch.Tensor) -> Call:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Keep Python's garbage collector out of what is timed."""
     enabled = gc.isenabled()
     gc.collect()

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_plugin.cli.explain import MaxTokensOption, PresetOption, TpOption, WorldOption
+from moe_plugin.cli.explain import MaxTokensOption, NodesOption, PresetOption, TpOption, WorldOption
 from moe_plugin.cli.launch import TracebackOption, clear_errors
 from moe_plugin.compat import deep_gemm
 from moe_plugin.config import ParallelConfig
@@ -86,6 +86,7 @@ def doctor(
     preset: PresetOption = "qwen3-30b",
     world: WorldOption = 1,
     tp: TpOption = 1,
+    nodes: NodesOption = 1,
     max_tokens: MaxTokensOption = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     traceback: TracebackOption = False,
@@ -94,9 +95,8 @@ def doctor(
     with clear_errors(traceback):
         environment = Environment.probe()
         findings = examine(environment)
-        config = preset_config(
-            preset, parallel=ParallelConfig(ep_size=world, tp_size=tp), max_tokens_per_rank=max_tokens
-        )
+        parallel = ParallelConfig(ep_size=world, tp_size=tp, num_nodes=nodes)
+        config = preset_config(preset, parallel=parallel, max_tokens_per_rank=max_tokens)
         report = explain(config, environment=environment)
         entries = report.entries["decode"]
         if as_json:

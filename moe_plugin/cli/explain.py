@@ -37,6 +37,7 @@ class DtypeName(str, enum.Enum):
 PresetOption = Annotated[str, typer.Option(help=f"Whose layer: {', '.join(PRESETS)}.")]
 WorldOption = Annotated[int, typer.Option(min=1, help="Ranks of the expert-parallel group.")]
 TpOption = Annotated[int, typer.Option(min=1, help="Ranks that share each expert's intermediate size.")]
+NodesOption = Annotated[int, typer.Option(min=1, help="Nodes that the ranks are spread over.")]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Largest number of tokens per rank.")]
 
 
@@ -49,6 +50,7 @@ def explain(
     ] = None,
     world: WorldOption = 1,
     tp: TpOption = 1,
+    nodes: NodesOption = 1,
     max_tokens: MaxTokensOption = 4096,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="The layer will be captured in a CUDA graph.")
@@ -61,7 +63,7 @@ def explain(
         config = preset_config(
             preset,
             **dtype.fields(),
-            parallel=ParallelConfig(ep_size=world, tp_size=tp),
+            parallel=ParallelConfig(ep_size=world, tp_size=tp, num_nodes=nodes),
             max_tokens_per_rank=max_tokens,
             cuda_graph=cuda_graph,
         )

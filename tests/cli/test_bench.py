@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,37 @@ def test_experts_alone_beside_a_whole_layer(tmp_path: Path) -> None:
     assert (cell.skew, cell.experts_hit) == ("balanced", 2)
 
 
+def test_routing_is_measured_printed_and_saved(tmp_path: Path) -> None:
+    file = tmp_path / "routing.json"
+    arguments = ["--tokens", "2,5", "--num-experts", "6", "--top-k", "2", "--world", "3", "--time-budget", "1e-6"]
+    result = bench("routing", *arguments, "--device", "cpu", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    saved = json.loads(file.read_text())
+    assert [len(cell["measurements"]) for cell in saved["cells"]] == [8, 8]
+    assert {m["status"] for cell in saved["cells"] for m in cell["measurements"]} == {"ok"}
+    assert str(tmp_path) not in file.read_text()
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("repeat with: moe-plugin bench routing ")]
+    assert line.endswith(saved["command"])
+    again = bench(*saved["command"].split()[2:], "--json", str(file))
+    assert again.exit_code == 0, again.output
+    assert json.loads(file.read_text())["settings"] == saved["settings"]
+    for words in ("5 tokens on each of 3 ranks, 6 experts, top-2, without the all-gather", "argsort", "probabilities"):
+        assert words in result.stdout
+
+
+def test_a_wrong_routing_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_plugin.bench import routing
+    from moe_plugin.kernels.dense_routing import dense_routing_reference
+
+    def of_other_rank(ids, rank, num_slots, **options):
+        return dense_routing_reference(ids.flip(0), rank, num_slots, **options)
+
+    monkeypatch.setattr(routing, "dense_routing_reference", of_other_rank)
+    result = bench("routing", "--tokens", "4", "--num-experts", "6", "--top-k", "2", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "wrong: rows differ from the reference" in result.stdout
+
+
 def test_plot_and_show_read_what_was_saved(tmp_path: Path) -> None:
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     run(cell(measured(OURS, 250.0), measured("vllm", 300.0))).save(files[0])
@@ -114,6 +146,9 @@ def test_plot_and_show_read_what_was_saved(tmp_path: Path) -> None:
         (["experts", "--preset", "qwen3-30b", "--json", "absent/x.json"], "there is no folder absent"),
         (["plot", "absent.json", "--out", "x.png"], "absent.json"),
         (["show", "absent.json"], "absent.json"),
+        (["routing", "--tokens", "0"], "token counts must be positive"),
+        (["routing", "--num-experts", "40000"], "enough for 32767"),
+        (["routing", "--device", "cpu", "--json", "absent/x.json"], "there is no folder absent"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments: list[str], words: str) -> None:

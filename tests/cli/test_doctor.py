@@ -125,6 +125,17 @@ def test_memory_follows_the_layer() -> None:
     assert total("--preset", "deepseek-v3") > total()
 
 
+def test_memory_of_dispatch_over_nvlink_is_shown() -> None:
+    arguments = "--preset", "deepseek-v3", "--world", "8"
+    memory = json.loads(run("--json", *arguments).stdout)["workspace_bytes"]["hybrid_dense_routing+torch_native"]
+    # Two sets of buffers for 8 x 4096 rows of 7168 bf16 numbers, on their way and back.
+    for name in ("symmetric rows", "symmetric returned"):
+        assert memory[f"hybrid_dense_routing: {name}"] == 2 * 8 * 4096 * 7168 * 2
+    assert f"{sum(memory.values()) / 2**20:.1f} MiB" in run(*arguments).stdout
+    several = json.loads(run("--json", *arguments, "--nodes", "2").stdout)["workspace_bytes"]
+    assert "hybrid_dense_routing: rail sent rows" in several["hybrid_dense_routing+torch_native"]
+
+
 def test_text() -> None:
     result = run("--preset", "deepseek-v3", "--world", "8")
     assert result.exit_code == 0, result.output

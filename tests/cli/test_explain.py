@@ -35,7 +35,7 @@ def test_every_preset(preset: str) -> None:
     layer = PRESETS[preset].layer
     assert report["layer"].startswith(f"{layer['num_experts']} experts, top-{layer['top_k']}, ")
     assert "EP 8 x TP 1" in report["layer"]
-    assert report["chosen"] == dict.fromkeys(("decode", "prefill"), "nccl_all_to_all+triton_fused_moe")
+    assert report["chosen"] == dict.fromkeys(("decode", "prefill"), "hybrid_dense_routing+triton_fused_moe")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -96,6 +96,24 @@ def test_every_number_of_ranks(world: str) -> None:
     report = asked("--world", world, "--sm", "90")
     assert f"EP {world} x TP 1" in report["layer"]
     assert (standing(report)["local+torch_native"] == "refused") == (world != "1")
+
+
+def test_several_nodes() -> None:
+    one, two = (asked("--world", "8", "--sm", "90", "--nodes", nodes) for nodes in ("1", "2"))
+    assert "EP 8 x TP 1, 2 nodes" in two["layer"]
+    details, memory = (
+        [
+            entry[what]
+            for report in (one, two)
+            for entry in report["strategies"]["decode"]
+            if entry["strategy"] == "hybrid_dense_routing+triton_fused_moe"
+        ]
+        for what in ("details", "workspace_bytes")
+    )
+    assert "hybrid_dense_routing.nodes" not in details[0]
+    assert details[1]["hybrid_dense_routing.nodes"].startswith("2 of 4 ranks")
+    assert details[1]["hybrid_dense_routing.transport"].startswith("NVLink kernels on at most 24 SMs")
+    assert sum(memory[0].values()) < sum(memory[1].values())
 
 
 def test_tensor_parallelism_and_tokens() -> None:
