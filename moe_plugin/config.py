@@ -220,7 +220,8 @@ class MoEConfig:
         which cannot overflow, when None.
     dispatch_num_sms: SMs that kernels which move rows between GPUs may take; the rest is free for what runs meanwhile.
     dispatch_permute: let dispatch bring rows into expert-grouped order where it can, over NVLink for experts that take
-        the Contiguous format, at the price of buffers for every token wanting all its experts of one rank.
+        the Contiguous format, at the price of buffers for every token wanting all its experts of one rank, and of as
+        many SMs again, which copy rows while others arrive.
     decode_max_tokens: a call announced with at most this many tokens per rank is in the decode phase.
     apply_router_weight_on_input: multiply a token by its router weight before the experts (top_k 1 only).
     """

@@ -9,8 +9,8 @@ with the same tables, signals and results:
     combine         one warp of each program sends rows as above, the others sum what has come
 
 A row is a box of lines, [1, lines, 128 bytes], so that one TMA operation moves all of it. `send_rows` and
-`send_quantized` only write and signal: what is small goes before them (`nvlink_dispatch.write_routing`), and who waits
-for the signals comes after them (`nvlink_dispatch.await_dispatch`).
+`send_quantized` only write and signal: what is small goes before them, and who waits for the signals comes after them
+(`launch_write_routing` and `launch_await_dispatch` of `nvlink_dispatch`, or the launches of `contiguous_rows`).
 
 Example, 2 ranks, capacity 2, rank 0: needed_by [0b11, 0b10] (token 0 goes to both ranks, token 1 to rank 1)
 

@@ -262,8 +262,10 @@ class HybridDenseRouting(PrepareAndFinalize):
 
     @property
     def num_sms(self) -> int | None:
-        """SMs that a kernel which moves rows takes at most; None where torch.distributed moves them."""
-        return None if self._nvlink is None else self._nvlink.num_sms
+        """SMs that kernels which move rows take at most; None where torch.distributed moves them."""
+        if self._nvlink is None:
+            return None
+        return 2 * self._nvlink.num_sms if self._in_groups else self._nvlink.num_sms
 
     def prepare(
         self,
@@ -288,10 +290,10 @@ class HybridDenseRouting(PrepareAndFinalize):
     def prepare_again(self, hidden_states: torch.Tensor, handle: DispatchHandle) -> Dispatched:
         """Dispatch other hidden states [T, H] along the routing of an earlier `prepare`; collective.
 
-        No id is exchanged and nothing is scanned again. handle: of that call, finalized or not; its ids and router
-        weights must not have been changed meanwhile. Every rank calls it, with the handle of the same call. Raises
-        ShapeError or DtypeError for hidden states unlike that call's, as `prepare` does on all ranks, and HandleError,
-        on this rank alone, for a handle of another object.
+        No id is exchanged and nothing is scanned again, unless rows go in expert-grouped order. handle: of that call,
+        finalized or not; its ids and router weights must not have been changed meanwhile. Every rank calls it, with the
+        handle of the same call. Raises ShapeError or DtypeError for hidden states unlike that call's, as `prepare` does
+        on all ranks, and HandleError, on this rank alone, for a handle of another object.
         """
         if not isinstance(handle, HybridHandle) or handle.owner is not self:
             raise HandleError(f"{self.name}: prepare_again takes a handle that this object's prepare returned")

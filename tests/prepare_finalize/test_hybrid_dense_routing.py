@@ -39,7 +39,13 @@ from moe_plugin.errors import (
 from moe_plugin.experts.torch_native import TorchNative
 from moe_plugin.kernels.dense_routing import dense_routing
 from moe_plugin.kernels.pack_rows import triton
-from moe_plugin.modular_kernel import Dispatched, ModularKernel
+from moe_plugin.modular_kernel import (
+    CONTIGUOUS_ALIGNMENT,
+    ActivationFormat,
+    Dispatched,
+    ModularKernel,
+    RouterWeightStage,
+)
 from moe_plugin.numerics import assert_close_to_oracle
 from moe_plugin.prepare_finalize import collective_transport, hybrid_dense_routing
 from moe_plugin.prepare_finalize.hybrid_dense_routing import HybridDenseRouting
@@ -69,6 +75,15 @@ class OverNvlink(HybridDenseRouting):
         super().__init__(replace(config, dispatch_num_sms=2), arena)
 
 
+class InGroups(OverNvlink):
+    """The same, in expert-grouped order."""
+
+    name = "in_groups"
+
+    def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
+        super().__init__(replace(config, dispatch_permute=True), arena)
+
+
 class OverCollectives(HybridDenseRouting):
     """By torch.distributed, also between GPUs that could write to each other."""
 
@@ -77,7 +92,7 @@ class OverCollectives(HybridDenseRouting):
 
 
 def register() -> None:
-    for each in (OverNvlink, OverCollectives):
+    for each in (OverNvlink, InGroups, OverCollectives):
         moe_plugin.register_prepare_finalize(each)
 
 
@@ -123,6 +138,55 @@ def parts_of(case: Case) -> tuple[ModularKernel, HybridDenseRouting]:
 def test_rows_of_the_matrix_over_nvlink(row: str) -> None:
     dtype = torch.bfloat16 if row.startswith("fp8_") else torch.float32
     run_check(row, "over_nvlink+torch_native", dtype, 2, setup=register)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize(
+    "row",
+    ["no_tokens", "dropped_ids", "id_out_of_range", "duplicate_experts", "micro_batches_interleaved", "fp8_block"],
+)
+def test_rows_of_the_matrix_in_expert_grouped_order(row: str) -> None:
+    dtype = torch.bfloat16 if row.startswith("fp8_") else torch.float32
+    run_check(row, "in_groups+torch_native", dtype, 2, setup=register)
+
+
+def rows_lie_in_groups(context: RankContext) -> list[int]:
+    """The pairs of each expert of this rank as dispatched; rows of a segment are its expert's."""
+    case = Case(context, "in_groups+torch_native", torch.float32, {"num_experts": 6, "top_k": 3})
+    layer, _ = parts_of(case)
+    inputs = case.inputs(5)
+    # A row tells its token and rank apart from all others.
+    tokens = torch.arange(5, device=context.device)[:, None] + 100 * context.rank
+    inputs = replace(inputs, hidden_states=tokens.expand(5, case.config.hidden_size).to(torch.float32))
+    dispatched = layer.prepare(*inputs.as_tuple())
+    assert dispatched.activation_format is ActivationFormat.CONTIGUOUS
+    assert dispatched.router_weight_stage is RouterWeightStage.COMBINE
+    assert dispatched.group_ends is not None
+    assert dispatched.num_rows == context.size * case.config.max_tokens_per_rank
+    everyone = [case.inputs(5).topk_ids if rank == context.rank else None for rank in range(context.size)]
+    ids = torch.cat(
+        [
+            Inputs.random(case.config, 5, context.device, rank).topk_ids if own is None else own
+            for rank, own in enumerate(everyone)
+        ]
+    )
+    start, counts = 0, []
+    for slot, expert in enumerate(case.config.expert_placement.experts_of_rank[context.rank]):
+        end = int(dispatched.group_ends[slot])
+        rank_and_token = [divmod(row, 5) for row in (ids == expert).any(1).nonzero().flatten().tolist()]
+        expected = [100.0 * rank + token for rank, token in rank_and_token]
+        assert dispatched.activations[start:end, 0].tolist() == expected, f"rows of expert {expert}"
+        counts.append(end - start)
+        start = -(-end // CONTIGUOUS_ALIGNMENT) * CONTIGUOUS_ALIGNMENT
+    layer.finalize(layer.apply_experts(dispatched), dispatched)
+    return counts
+
+
+@pytest.mark.slow
+@needs_triton
+def test_expert_grouped_rows_are_in_the_order_of_tokens() -> None:
+    assert sum(map(sum, run_on_ranks(rows_lie_in_groups, ranks=2))) == 2 * 5 * 3
 
 
 @pytest.mark.slow
