@@ -49,6 +49,8 @@ class DeferredErrors:
 
     group: whose ranks raise together, with the time limit on waits; None where a rank raises on its own.
     peers: whose ranks kernels wait for; those of `group` when None.
+    lost: int32 [1] on the device, set by kernels that waited in vain, so that those behind them do not wait as long for
+        the same rank; other objects may share it.
     """
 
     EAGER, CAPTURED = 0, 1
@@ -59,6 +61,7 @@ class DeferredErrors:
         device: torch.device,
         group: Communicator | None = None,
         peers: Communicator | None = None,
+        lost: torch.Tensor | None = None,
     ) -> None:
         self._config = config
         self._device = device
@@ -74,8 +77,7 @@ class DeferredErrors:
         self._kernel_words = [words[:1] for words in self._all_words]
         # Reading a tensor's value costs microseconds, reading memory does not.
         self._seen = (ctypes.c_int32 * self._host.numel()).from_address(self._host.data_ptr())
-        # Set by kernels that waited in vain, so that those behind them do not wait as long for the same rank.
-        self.lost = torch.zeros(1, dtype=torch.int32, device=device)
+        self.lost = torch.zeros(1, dtype=torch.int32, device=device) if lost is None else lost
         self._event = torch.cuda.Event() if self._is_cuda else None
         self._recorded = False
 
@@ -145,7 +147,7 @@ class DeferredErrors:
         seconds = self._config.parallel.timeout_seconds
         if not record:
             return PeerLostError(
-                "exchange", None, seconds, "another rank of the group reports it, and its rows are void"
+                "exchange", None, seconds, "a wait was in vain, before or on another rank, and its rows are void"
             )
         rank, phase, epoch = (record & 0xFF) - 1, PHASES[(record >> 8) & 0xFF], record >> 16
         group = None if self._peers is None else self._peers.group

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
@@ -127,7 +128,8 @@ class HybridDenseRouting(PrepareAndFinalize):
             self._rail = RailExchange(groups.rail, groups.node.size * _slots_per_rank(config))
         # Kernels end their waits by themselves, and say who is missing; the host is to hear that first.
         patient = Communicator(parallel.ep_group, parallel.ep_size, parallel.ep_rank, 2 * seconds + 5)
-        self._errors = DeferredErrors(config, arena.device, patient, peers=self._node)
+        lost = _lost_word(self._node, arena.device)
+        self._errors = DeferredErrors(config, arena.device, patient, peers=self._node, lost=lost)
         self._tables = LookupTables.of(config.expert_placement.tables(arena.device))
         self._stream = communication_stream(arena.device)
         self._groups = 0
@@ -564,6 +566,18 @@ def _slots_per_rank(config: MoEConfig) -> int:
 
 def _ranks_per_node(config: MoEConfig) -> int:
     return max(config.parallel.ep_size // config.parallel.num_nodes, 1)
+
+
+def _lost_word(node: Communicator, device: torch.device) -> torch.Tensor:
+    """One for all layers over the same ranks: a stack of them must not wait for a lost rank in each one's turn."""
+    key = None if node.group is None else node.group.group_name, device
+    found = _lost_words.get(key)
+    if found is None:
+        found = _lost_words[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return found
+
+
+_lost_words: weakref.WeakValueDictionary[tuple[str | None, torch.device], torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def _may_permute(config: MoEConfig) -> bool:
