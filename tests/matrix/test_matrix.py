@@ -2,7 +2,8 @@
 
 What a gate refuses is skipped with the gate's reason. Where there is no GPU, Triton's interpreter would make the whole
 product take an hour: its strategies then run every row in bf16 on one and two ranks, the rows named below in every
-dtype on one and two and in bf16 on more, and one row in every dtype on every number of ranks. On GPUs everything runs. fp8 rows exist in bf16 alone.
+dtype on one and two and in bf16 on more, and one row in every dtype on every number of ranks. On GPUs everything runs.
+fp8 rows exist in bf16 alone.
 
 Without a GPU hybrid_dense_routing moves rows over torch.distributed. What experts do with rows that were dispatched is
 the same behind it as behind nccl_all_to_all, so with interpreted experts a few of its rows are enough.
