@@ -47,8 +47,8 @@ MAX_RANKS = 8
 """Each has a descriptor among the arguments of a launch."""
 LAG = 8
 """Groups of stores that may still read the ring when it is filled again. There is one at least for every row."""
-MAX_LINES = 256
-"""Of a TMA box in one dimension."""
+LEAST_LINES, MAX_LINES = 8, 256
+"""Lines of a row: a box of fewer is less than one period of the swizzle, of more it is not for TMA."""
 
 # Of the threads of a program or partition; renamed in Triton 3.7.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier

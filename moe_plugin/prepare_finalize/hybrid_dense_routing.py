@@ -37,7 +37,7 @@ import torch
 from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig, PlacementTables
 from moe_plugin.environment import Environment
 from moe_plugin.errors import DtypeError, HandleError, InputError, ShapeError
-from moe_plugin.kernels.dense_routing import to_dense_ids
+from moe_plugin.kernels.dense_routing import IDS_END, to_dense_ids
 from moe_plugin.kernels.placement_lookup import LookupTables, placement_lookup, uses_triton
 from moe_plugin.modular_kernel import (
     ActivationFormat,
@@ -72,8 +72,6 @@ from moe_plugin.workspace import Workspace, WorkspaceArena
 
 logger = logging.getLogger(__name__)
 
-MAX_DENSE_ID = 32767
-"""Physical ids are int16, and -1 stands for a dropped pair."""
 MAX_NODE_RANKS = 32
 """Ranks that one wait of the NVLink kernels covers."""
 MIN_NVLINK_SM = 80
@@ -184,9 +182,9 @@ class HybridDenseRouting(PrepareAndFinalize):
             Gate("torch.distributed backend", backend in environment.backends, seen, backend),
             Gate(
                 "num_experts",
-                ids <= MAX_DENSE_ID,
+                ids <= IDS_END,
                 f"{config.num_experts} experts, {ids} with replicas and padding to equal ranks",
-                f"at most {MAX_DENSE_ID}: dense routing rows are int16",
+                f"at most {IDS_END}: dense routing rows are int16",
             ),
             Gate(
                 "num_nodes",

@@ -593,18 +593,21 @@ class NvlinkTransport:
         return [*places, move, *duplicates]
 
     def _takes_tma(self, rows: torch.Tensor, capacity: int) -> bool:
-        """Whether `hopper_exchange` moves these rows: whole lines of them, and so many that it pays."""
-        if self._device.type != "cuda" or capacity < TMA_TOKENS or self._communicator.size > 8:
-            return False
-        if torch.cuda.get_device_capability(self._device) < (9, 0) or not _has_gluon():
-            return False
-        from moe_plugin.kernels.hopper_exchange import LAG, MAX_LINES
+        """Whether `hopper_exchange` moves these rows: such that TMA can, and so many that it pays."""
+        return capacity >= TMA_TOKENS and self._fits_tma and _are_dense_rows(rows)
 
-        # Whole lines of every row that moves, as many as a box of TMA may have.
+    @functools.cached_property
+    def _fits_tma(self) -> bool:
+        """Whether rows of this shape are whole lines, as many as a box of TMA may have, on a device that has it."""
+        if self._device.type != "cuda" or torch.cuda.get_device_capability(self._device) < (9, 0) or not _has_gluon():
+            return False
+        from moe_plugin.kernels.hopper_exchange import LAG, LEAST_LINES, LINE_BYTES, MAX_LINES, MAX_RANKS
+
+        if self._communicator.size > MAX_RANKS or self._ring_rows() <= LAG + 1:
+            return False
         kinds = {self.shape.dtype, self.shape.sent_dtype}
-        lines = [divmod(self.shape.hidden_size * dtype.itemsize, 128) for dtype in kinds]
-        fits = all(rest == 0 and 8 <= count <= MAX_LINES for count, rest in lines) and self._ring_rows() > LAG + 1
-        return fits and _are_dense_rows(rows)
+        lines = [divmod(self.shape.hidden_size * dtype.itemsize, LINE_BYTES) for dtype in kinds]
+        return all(rest == 0 and LEAST_LINES <= count <= MAX_LINES for count, rest in lines)
 
     def _ring_rows(self) -> int:
         return min(RING_BYTES // next_power_of_2(self.shape.hidden_size * self.shape.dtype.itemsize), MOST_RING_ROWS)
