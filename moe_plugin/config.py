@@ -16,6 +16,8 @@ import torch
 from moe_plugin.errors import ConfigError
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DISPATCH_TRANSPORTS = ("nvlink", "collective", "hybrid_ep")
+"""What can move the rows of hybrid_dense_routing inside a node."""
 
 
 class Activation(str, enum.Enum):
@@ -123,6 +125,11 @@ class ExpertPlacement:
     def max_replicas(self) -> int:
         return max(len(places) for places in self._places())
 
+    @property
+    def slots_per_rank(self) -> int:
+        """Experts of the rank that holds most, replicas counted."""
+        return max(map(len, self.experts_of_rank))
+
     def num_local_experts(self, rank: int) -> int:
         """Experts that `rank` holds, replicas counted."""
         return len(self.experts_of_rank[rank])
@@ -222,6 +229,9 @@ class MoEConfig:
     dispatch_permute: let dispatch bring rows into expert-grouped order where it can, over NVLink for experts that take
         the Contiguous format, at the price of buffers for every token wanting all its experts of one rank, and of as
         many SMs again, which copy rows while others arrive.
+    dispatch_transport: what moves the rows of hybrid_dense_routing inside a node: "nvlink" for kernels that write into
+        peers' memory, "collective" for torch.distributed, "hybrid_ep" for DeepEP's HybridEPBuffer; when None, the first
+        where they can run, else the second.
     decode_max_tokens: a call announced with at most this many tokens per rank is in the decode phase.
     apply_router_weight_on_input: multiply a token by its router weight before the experts (top_k 1 only).
     """
@@ -243,6 +253,7 @@ class MoEConfig:
     dispatch_capacity: int | None = None
     dispatch_num_sms: int = 24
     dispatch_permute: bool = False
+    dispatch_transport: str | None = None
     decode_max_tokens: int = 256
     apply_router_weight_on_input: bool = False
 
@@ -286,6 +297,9 @@ class MoEConfig:
             raise ConfigError(f"apply_router_weight_on_input is defined for top_k 1 only, got top_k {self.top_k}")
         if self.dispatch_capacity is not None and self.dispatch_capacity < 1:
             raise ConfigError(f"dispatch_capacity must be positive, got {self.dispatch_capacity}")
+        if self.dispatch_transport not in (None, *DISPATCH_TRANSPORTS):
+            names = ", ".join(DISPATCH_TRANSPORTS)
+            raise ConfigError(f"dispatch_transport must be one of {names}, or None, got {self.dispatch_transport!r}")
         if self.placement is None:
             object.__setattr__(self, "placement", ExpertPlacement.linear(self.num_experts, self.parallel.ep_size))
         elif (self.placement.num_experts, self.placement.num_ranks) != (self.num_experts, self.parallel.ep_size):

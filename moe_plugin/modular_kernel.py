@@ -110,7 +110,8 @@ class Dispatched:
     group_ends: int32 [local_experts] on the device, for Contiguous: where each expert's rows end. Its segment starts at
         the previous end rounded up to `CONTIGUOUS_ALIGNMENT`; that is also the end of an expert without rows.
     scales: activation scales when the dispatcher quantized, else None; fp32 [N, groups], in Contiguous stored group by
-        group, strides (1, slots).
+        group, strides (1, slots); in BatchedExperts [local_experts, max_tokens, groups] of any strides. Packed ones are
+        int32, see `Experts.ue8m0_from_sm`.
     num_rows: Contiguous only: tokens that can have arrived at most, for choosing tiles.
     handle: for finalize.
     """
@@ -305,11 +306,13 @@ class PrepareAndFinalize(StrategyPart):
     activation_format: what prepare returns.
     router_weight_stage: who applies router weights, unless the configuration applies them on input.
     has_capacity: with cuda_graph=True the exchange has a fixed capacity, `dispatch_capacity`, and can overflow.
+    min_hidden_size: on GPUs H of all that it runs is this or more; the conformance kit makes its layers so.
     """
 
     activation_format: ClassVar[ActivationFormat] = ActivationFormat.STANDARD
     router_weight_stage: ClassVar[RouterWeightStage] = RouterWeightStage.EXPERTS_GATHER
     has_capacity: ClassVar[bool] = False
+    min_hidden_size: ClassVar[int] = 1
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
         self.config = config
@@ -377,18 +380,29 @@ class PrepareAndFinalize(StrategyPart):
     def check_errors(self) -> None:
         """A host point for errors found on the device: raise what earlier calls flagged. Synchronizes."""
 
+    def close(self) -> None:
+        """Give back what would outlive the object, such as buffers of a library; the last call to it.
+
+        A collective where the class communicates, made in the same order on all ranks.
+        """
+
 
 class Experts(StrategyPart):
     """The grouped GEMMs and the activation on whatever was dispatched.
 
     activation_formats: what `apply` takes.
     takes_quantized: `apply` is as fast, or faster, on rows that the dispatcher has quantized as on others.
+    ue8m0_from_sm: with `takes_quantized`, the compute capability from which scales of Fp8Block are to come rounded up
+        to powers of two and packed, int32 [..., ceil(groups / 4)]; None: nowhere. A CPU has 0.
+    writes_strided: `apply` writes BatchedExperts to an `output` with room between its rows as fast as without.
     rounds_gate_up: the first GEMM's result may be rounded to config.dtype before the activation; see `reference_moe`.
     size_multiple: H and I of all that it runs are multiples of this; the conformance kit makes its layers so.
     """
 
     activation_formats: ClassVar[frozenset[ActivationFormat]] = frozenset({ActivationFormat.STANDARD})
     takes_quantized: ClassVar[bool] = False
+    ue8m0_from_sm: ClassVar[int | None] = None
+    writes_strided: ClassVar[bool] = False
     rounds_gate_up: ClassVar[bool] = False
     size_multiple: ClassVar[int] = 1
 
@@ -416,6 +430,7 @@ class Experts(StrategyPart):
         `config.dtype`, contiguous.
         output: memory of that shape and dtype, contiguous, where finalize would like the result, or None. A class that
             writes there returns `output` itself; one that ignores it returns memory of its own, which costs a copy.
+            Where `writes_strided` says so, rows of BatchedExperts may have a stride of their own.
         """
 
     def warm_up_steps(self, arena: WorkspaceArena) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -632,6 +647,12 @@ class MoELayer(abc.ABC):
         finally:
             torch._C._set_grad_enabled(True)
 
+    def close(self) -> None:  # noqa: B027
+        """Give back what would outlive the layer, such as the buffers of a communication library; its last call.
+
+        A collective over the layer's ranks, before their process groups are destroyed.
+        """
+
     op_key: int
     """This layer's number in the custom op `torch.ops.moe_plugin.moe_layer`."""
 
@@ -744,6 +765,9 @@ class ModularKernel(MoELayer):
 
     def check_errors(self) -> None:
         self.prepare_finalize.check_errors()
+
+    def close(self) -> None:
+        self.prepare_finalize.close()
 
     def _validate_combine(self, dispatched: Dispatched, out: torch.Tensor | None) -> None:
         if not isinstance(dispatched, Dispatched):

@@ -127,10 +127,10 @@ def _environment(device_type: str) -> Environment:
 class StrategyExchange(Exchange):
     """A PrepareAndFinalize class of this package or another. Raises UnsupportedError with the gate that fails."""
 
-    def __init__(
-        self, cls: type[PrepareAndFinalize], experts: type[ScalingExperts], config: MoEConfig, inputs: Inputs
-    ) -> None:
-        config = replace(config, dispatch_permute=ActivationFormat.CONTIGUOUS in experts.activation_formats)
+    def __init__(self, cls: type[PrepareAndFinalize], variant: Variant, config: MoEConfig, inputs: Inputs) -> None:
+        experts = variant.experts
+        permute = ActivationFormat.CONTIGUOUS in experts.activation_formats
+        config = replace(config, dispatch_permute=permute, dispatch_transport=variant.transport)
         super().__init__(config, inputs)
         device = inputs.hidden_states.device
         verdict = cls.supports(config, _environment(device.type))
@@ -164,6 +164,9 @@ class StrategyExchange(Exchange):
 
     def finish(self) -> None:
         self._class.check_errors()
+
+    def close(self) -> None:
+        self._class.close()
 
 
 class ScalingExperts(Experts):
@@ -242,20 +245,33 @@ class PermutedScalingExperts(ScalingExperts):
     activation_formats = frozenset({ActivationFormat.CONTIGUOUS})
 
 
-VARIANTS: Mapping[str, Mapping[str, type[ScalingExperts]]] = {
-    "hybrid_dense_routing": {"": ScalingExperts, "permute": PermutedScalingExperts}
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way in which a class works. experts: that ask for rows so. transport: `MoEConfig.dispatch_transport`."""
+
+    experts: type[ScalingExperts] = ScalingExperts
+    transport: str | None = None
+
+
+VARIANTS: Mapping[str, Mapping[str, Variant]] = {
+    "hybrid_dense_routing": {
+        "": Variant(),
+        "permute": Variant(PermutedScalingExperts),
+        "hybrid_ep": Variant(transport="hybrid_ep"),
+        "hybrid_ep, permute": Variant(PermutedScalingExperts, "hybrid_ep"),
+    }
 }
-"""Classes that hand over rows in several ways: {name of the class: {way: experts that ask for it}}, each a contender.
-The label is `name (way)`, or the name alone where the way is ""."""
+"""Classes that work in several ways: {name of the class: {way: Variant}}, each a contender. The label is `name (way)`,
+or the name alone where the way is ""."""
 
 
 def strategy_contenders(cls: type[PrepareAndFinalize]) -> list[CommContender]:
     """A PrepareAndFinalize class, in every way it works."""
     return [
         CommContender(
-            f"{cls.name} ({way})" if way else cls.name, STRATEGY, functools.partial(StrategyExchange, cls, experts)
+            f"{cls.name} ({way})" if way else cls.name, STRATEGY, functools.partial(StrategyExchange, cls, variant)
         )
-        for way, experts in VARIANTS.get(cls.name, {"": ScalingExperts}).items()
+        for way, variant in VARIANTS.get(cls.name, {"": Variant()}).items()
     ]
 
 

@@ -89,6 +89,7 @@ class DeepGemmHybrid(Experts):
     description = "DeepGEMM grouped GEMMs, masked or contiguous by number of rows, Triton where faster; no host sync"
     activation_formats = frozenset(ActivationFormat)
     takes_quantized = True
+    ue8m0_from_sm = _UE8M0_SM
     deterministic = True
     rounds_gate_up = True
     size_multiple = GROUP_SIZE
@@ -553,8 +554,9 @@ class DeepGemmHybrid(Experts):
         if output.numel() == 0:
             return output
         layout = self.layouts.batched(max_tokens)
-        if self._ue8m0 and x_scale is not None and x_scale.dtype is not torch.int32:
-            layout = TRITON_FUSED_MOE  # scales that are no powers of two
+        if self._ue8m0 and x_scale is not None:
+            # Packed scales are for DeepGEMM, those that are no powers of two for the others.
+            layout = MASKED if x_scale.dtype is torch.int32 else TRITON_FUSED_MOE
         self._calls[layout] += 1
         if layout == TRITON_FUSED_MOE:
             return self._triton.apply(dispatched, workspace, output)

@@ -71,6 +71,7 @@ class TritonFusedMoE(Experts):
     description = "Triton grouped GEMMs, activation and quantization fused; no host sync"
     activation_formats = frozenset(ActivationFormat)
     takes_quantized = True
+    writes_strided = True
     deterministic = True
 
     def __init__(self, config: MoEConfig, weights: ExpertWeights) -> None:
@@ -315,7 +316,8 @@ class TritonFusedMoE(Experts):
         if output.numel() == 0:
             return output
         x, scales = dispatched.activations, dispatched.scales
-        on_hopper = self._hopper and self.takes_scales(scales) and _takes_tma(x, output)
+        on_hopper = self._hopper and self.takes_scales(scales) and _takes_tma(x)
+        on_hopper = on_hopper and (_takes_tma(output) or _is_pitched(output))
         tiles, kind = self._plan(_BATCHED_HOPPER if on_hopper else _BATCHED, shape[1])
         if isinstance(tiles, HopperTiles) and scales is not None:
             # Whichever way they lie, to where the rows would be given them here.
@@ -634,6 +636,13 @@ def input_groups(config: MoEConfig) -> int:
 def _takes_tma(*tensors: torch.Tensor) -> bool:
     """Whether [E, M, H] rows are one dense matrix whose boxes TMA can load and store."""
     return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _is_pitched(tensor: torch.Tensor) -> bool:
+    """The same of one matrix with room between its rows."""
+    experts, rows, columns = tensor.stride()
+    in_line = experts == tensor.shape[1] * rows and columns == 1
+    return in_line and rows * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def standard_buffers(config: MoEConfig, num_rows: int, top_k: int, block_m: int | None = None) -> Buffers:

@@ -7,7 +7,11 @@ Example, E = 3, two replicas of expert 1, first_token = 0:
 
     rank [[0, 1], [1, -1], [-1, 0]]    slot [[1, 1], [0, -1], [-1, 0]]    flag set, because of the 7
 
-Token 0 takes replica 0 of expert 1, token 1 takes replica 1. This module works without Triton.
+Token 0 takes replica 0 of expert 1, token 1 takes replica 1.
+
+Where what follows has room for a token once per expert, `merge_duplicates` drops the pairs of a token that name an
+expert again, and adds their weights to that of the first: ids [[2, 0, 2]] with weights [[0.5, 1, 0.25]] become
+[[2, 0, -1]] and [[0.75, 1, 0]]. This module works without Triton.
 """
 
 from __future__ import annotations
@@ -37,8 +41,8 @@ if triton is not None:
         topk_ids_ptr, topk_weights_ptr, rank_table_ptr, slot_table_ptr, num_replicas_ptr,
         rank_ptr, slot_ptr, weights_ptr, flags_ptr,
         num_pairs, first_token, flag, stride_ids_t, stride_ids_k, stride_weights_t, stride_weights_k,
-        NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, MAX_REPLICAS: tl.constexpr, BLOCK: tl.constexpr,
-        PDL: tl.constexpr,
+        NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, MAX_REPLICAS: tl.constexpr, MERGE_DUPLICATES: tl.constexpr,
+        BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         wait_for_the_kernel_before(PDL)
         pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -57,8 +61,19 @@ if triton is not None:
             if rank_ptr is not None:
                 rank = tl.load(rank_table_ptr + entry, mask=kept, other=-1)
                 tl.store(rank_ptr + pair, rank, mask=in_range)
+        if MERGE_DUPLICATES:
+            weight = tl.zeros((BLOCK,), tl.float32)
+            is_first = kept
+            for other in tl.static_range(TOP_K):
+                other_ptr = topk_ids_ptr + token * stride_ids_t + other * stride_ids_k
+                same = in_range & (tl.load(other_ptr, mask=in_range, other=-1).to(tl.int64) == expert)
+                other_weight_ptr = topk_weights_ptr + token * stride_weights_t + other * stride_weights_k
+                weight += tl.load(other_weight_ptr, mask=same, other=0.0).to(tl.float32)
+                is_first = is_first & ((other >= k) | (same == 0))
+            slot = tl.where(is_first, slot, -1)
+            tl.store(weights_ptr + pair, tl.where(is_first, weight, 0.0), mask=in_range)
         tl.store(slot_ptr + pair, slot, mask=in_range)
-        if weights_ptr is not None:
+        if weights_ptr is not None and not MERGE_DUPLICATES:
             weight_ptr = topk_weights_ptr + token * stride_weights_t + k * stride_weights_k
             weight = tl.load(weight_ptr, mask=in_range, other=0.0)
             tl.store(weights_ptr + pair, weight.to(tl.float32), mask=in_range)
@@ -109,14 +124,16 @@ def placement_lookup(
     first_token: int = 0,
     topk_weights: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    merge_duplicates: bool = False,
     use_triton: bool | None = None,
 ) -> None:
     """Fill `slot` and, when given, `rank` and `weights`; write `flag` to `flags` when an id lies outside [-1, E).
 
     topk_ids int [T, K] of tokens first_token, first_token + 1, ..., any strides; replicas are taken in turn by token.
-    slot, rank int32 [T, K] contiguous: -1 where the pair is dropped, as ids out of range are.
+    slot, rank int32 [T, K] contiguous: -1 where the pair is dropped, as ids out of range are. slot may be int64.
     flags int32 [1], else left alone: on the device or, with Triton, in the host's pinned memory.
     topk_weights float [T, K], any strides, to `weights` fp32 [T, K] contiguous; both or none.
+    merge_duplicates: see this module's docstring; needs weights, and leaves `rank` as it is without.
     use_triton: None takes Triton for CUDA tensors where it is installed; True also under its interpreter.
     """
     if topk_ids.shape[0] == 0:
@@ -127,6 +144,8 @@ def placement_lookup(
         _torch_lookup(topk_ids, lookup_tables.tables, slot, flags, flag, rank, first_token)
         if weights is not None and topk_weights is not None:
             weights.copy_(topk_weights)
+            if merge_duplicates:
+                _torch_merge(topk_ids, slot, weights)
         return
     launch = placement_lookup_launch(
         topk_ids,
@@ -138,6 +157,7 @@ def placement_lookup(
         first_token=first_token,
         topk_weights=topk_weights,
         weights=weights,
+        merge_duplicates=merge_duplicates,
     )
     launch.run()
 
@@ -153,6 +173,7 @@ def placement_lookup_launch(
     first_token: int = 0,
     topk_weights: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    merge_duplicates: bool = False,
 ) -> Launch:
     """What `placement_lookup` launches with Triton for at least one token."""
     num_tokens, top_k = topk_ids.shape
@@ -169,7 +190,7 @@ def placement_lookup_launch(
             rank, slot, weights, flags,
             num_pairs, first_token, flag, *topk_ids.stride(), stride_weights_t, stride_weights_k,
         ),
-        (num_experts, top_k, max_replicas, _BLOCK, pdl),
+        (num_experts, top_k, max_replicas, merge_duplicates, _BLOCK, pdl),
         num_warps=4,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -198,3 +219,12 @@ def _torch_lookup(
         rank.copy_(torch.where(kept, tables.rank[expert, replica], -1))
     outside = ((ids < -1) | (ids >= num_experts)).any().to(torch.int32)
     flags.bitwise_or_(outside * flag)
+
+
+def _torch_merge(topk_ids: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor) -> None:
+    """Drop in `slot` and `weights` [T, K] what names an expert of its token again, and add its weight to the first."""
+    same = topk_ids[:, :, None] == topk_ids[:, None, :]
+    again = same.tril(-1).any(dim=2)
+    total = torch.where(same, weights[:, None, :], 0.0).sum(dim=2)
+    slot.masked_fill_(again, -1)
+    weights.copy_(torch.where(again | (slot < 0), 0.0, total))

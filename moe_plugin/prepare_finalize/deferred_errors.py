@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
+import operator
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -80,6 +82,7 @@ class DeferredErrors:
         self.lost = torch.zeros(1, dtype=torch.int32, device=device) if lost is None else lost
         self._event = torch.cuda.Event() if self._is_cuda else None
         self._recorded = False
+        self._problem: InputError | None = None
 
     def kernel_word(self) -> torch.Tensor:
         """int32 [1] where a kernel launched now stores its flag if it has one; the kernel must know a single flag.
@@ -123,16 +126,44 @@ class DeferredErrors:
             elif self._recorded and self._group is not None:
                 assert self._event is not None
                 self._wait_for(self._event)
+        flags = self._flags(synchronize)
+        seen = self._seen
+        missing = seen[_KERNEL[0] + 6] | seen[_KERNEL[1] + 6] if synchronize else seen[_KERNEL[0] + 6]
+        if flags or missing:
+            self._raise(ErrorFlag(flags), synchronize)
+
+    def refused(self, problem: InputError) -> None:
+        """This rank was called wrongly, which the others hear of at `raise_gathered`."""
+        self._problem = self._problem or problem
+
+    def raise_gathered(self, ep: Communicator, tp: Communicator) -> None:
+        """Wait for the current stream, and raise on all ranks alike what calls and replays have flagged on any of them.
+
+        A collective over both groups, for classes whose calls leave each rank with its own flags. They do not call
+        `raise_pending`, by which ranks would raise apart.
+        """
+        if self._is_cuda:
+            if _is_capturing():
+                return
+            ep.wait_for_event(torch.cuda.current_stream(self._device).record_event(), "error flags")
+        problem, own = self._problem, self._flags(captured=True)
+        if problem is not None:
+            own |= ErrorFlag.ABORTED
+        everyone = flags_of_all(ep, tp, torch.tensor([own], dtype=torch.int32, device=self._device))
+        if everyone:
+            self._problem = None
+            self._clear(captured=True)
+            raise_together(self._config, ep, tp, problem, own, everyone)
+
+    def _flags(self, captured: bool) -> int:
+        """What the host sees of eager calls, and of `captured` ones too."""
         seen = self._seen
         flags = seen[_MIRROR[0]] | seen[_KERNEL[0]] | seen[_KERNEL[0] + 1] | seen[_KERNEL[0] + 2] | seen[_KERNEL[0] + 3]
-        missing = seen[_KERNEL[0] + 6]
-        if synchronize:
+        if captured:
             flags |= seen[_MIRROR[1]]
             for word in range(_KERNEL[1], _KERNEL[1] + 4):
                 flags |= seen[word]
-            missing |= seen[_KERNEL[1] + 6]
-        if flags or missing:
-            self._raise(ErrorFlag(flags), synchronize)
+        return flags
 
     def _raise(self, flags: ErrorFlag, captured: bool) -> NoReturn:
         kinds = (self.EAGER, self.CAPTURED) if captured else (self.EAGER,)
@@ -225,6 +256,17 @@ def raise_together(
                 where = f"EP rank {ep_rank}" + (f", TP rank {tp_rank}" if tp.size > 1 else "")
                 raise rebuild(kind, f"{where}: {text}") from problem
     raise_for_flags(ErrorFlag(everyone), config)
+
+
+def flags_of_all(ep: Communicator, tp: Communicator, flags: torch.Tensor) -> int:
+    """The bitwise or of every rank's `flags`, int32 [1]. A collective over both groups, for which the host waits."""
+    for group in (ep, tp):
+        if group.size > 1:
+            mine, flags = flags, torch.empty(group.size * flags.numel(), dtype=torch.int32, device=flags.device)
+            group.all_gather(flags, mine, "error flags").wait()
+    if flags.is_cuda:
+        ep.wait_for_event(torch.cuda.current_stream(flags.device).record_event(), "error flags")
+    return functools.reduce(operator.or_, flags.tolist())
 
 
 def or_rows(flags: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@
                       (`nvlink_transport`), or where that cannot be, over torch.distributed (`collective_transport`)
 
 Either way a token's experts are named by dense int16 rows rather than maps of booleans, capacities are static on GPUs,
-and nothing waits for the host. Rows are quantized before they travel where the experts compute on fp8 and take it so.
-The results of a rank come back as one row per token, and are summed in fp32 in ascending rank order, node by node, so a
-result repeats bitwise.
+and nothing waits for the host. On request DeepEP's HybridEPBuffer moves the rows of a node (`hybrid_ep_transport`),
+which does wait for the host, and which the NVLink kernels were measured to be faster than. Rows are quantized before
+they travel where the experts compute on fp8 and take it so. The results of a rank come back as one row per token, and
+are summed in fp32 in ascending rank order, node by node, so a result repeats bitwise.
 
 With EP + TP every TP rank runs the exchange in its own EP group, and the partial sums are added over the TP group. As
 with `local`, TP ranks must be called with the same arguments. On a CPU they tell each other of mistakes; on GPUs, where
@@ -20,7 +21,7 @@ Example, 2 nodes of 2 ranks, one expert to a rank, expert e on rank e; a token o
     back        rank 2 sums y2 + y3 and returns the one row to rank 0
 
 Source: DeepEP's HybridEP, https://github.com/deepseek-ai/DeepEP (branch hybrid-ep, and pull request 673 for dense
-routing). Its kernels are not used; see `kernels/nvlink_dispatch` and `kernels/dense_routing` for ours.
+routing). Its kernels are not needed; see `kernels/nvlink_dispatch` and `kernels/dense_routing` for ours.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 import torch
 
+from moe_plugin.compat import deep_ep
 from moe_plugin.config import SUPPORTED_DTYPES, MoEConfig, PlacementTables
 from moe_plugin.environment import Environment
-from moe_plugin.errors import DtypeError, HandleError, InputError, ShapeError
+from moe_plugin.errors import ConfigError, DtypeError, HandleError, InputError, ShapeError
 from moe_plugin.kernels.dense_routing import IDS_END, to_dense_ids
 from moe_plugin.kernels.placement_lookup import LookupTables, placement_lookup, uses_triton
 from moe_plugin.modular_kernel import (
@@ -48,10 +50,14 @@ from moe_plugin.modular_kernel import (
     Receiver,
     RouterWeightStage,
 )
+from moe_plugin.prepare_finalize import hybrid_ep_transport
 from moe_plugin.prepare_finalize.collective_transport import CollectiveHandle, CollectiveRouting, CollectiveTransport
 from moe_plugin.prepare_finalize.collective_transport import Received as ReceivedByCollectives
 from moe_plugin.prepare_finalize.communicator import Communicator, communication_stream, overlapped
-from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag, or_rows, raise_together
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag, flags_of_all, or_rows, raise_together
+from moe_plugin.prepare_finalize.hybrid_ep_transport import HybridEPCall, HybridEPRouting, HybridEPTransport
+from moe_plugin.prepare_finalize.hybrid_ep_transport import Received as ReceivedByHybridEP
+from moe_plugin.prepare_finalize.hybrid_ep_transport import ReceivedInGroups as ReceivedInGroupsByHybridEP
 from moe_plugin.prepare_finalize.local import weigh_input
 from moe_plugin.prepare_finalize.nccl_all_to_all import RowLayout
 from moe_plugin.prepare_finalize.node_groups import node_groups
@@ -84,7 +90,7 @@ class _Call:
 
     capacity: tokens per rank that there is room for, the same on all ranks. ids: int16 [T, K], physical ids, and flags
     int32 [1], what their lookup found; both None where the NVLink kernels look ids up as they go. routing: of the
-    collective transport.
+    collective transport or of HybridEP.
     """
 
     topk_ids: torch.Tensor
@@ -92,7 +98,7 @@ class _Call:
     capacity: int
     ids: torch.Tensor | None = None
     flags: torch.Tensor | None = None
-    routing: CollectiveRouting | None = None
+    routing: CollectiveRouting | HybridEPRouting | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +106,7 @@ class HybridHandle(DispatchHandle):
     """inside: what the transport of the node keeps. rail: what the exchange between nodes keeps; None on one node."""
 
     call: _Call
-    inside: NvlinkCall | CollectiveHandle
+    inside: NvlinkCall | CollectiveHandle | HybridEPCall
     rail: RailHandle | None
 
 
@@ -110,8 +116,6 @@ class HybridDenseRouting(PrepareAndFinalize):
     name = "hybrid_dense_routing"
     description = "dense int16 routing; rows straight into peers' memory over NVLink, torch.distributed elsewhere"
     has_capacity = True
-    transport: ClassVar[str | None] = None
-    """"nvlink" or "collective", whatever the machine; None for NVLink where it can be."""
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
         super().__init__(config, arena)
@@ -135,12 +139,21 @@ class HybridDenseRouting(PrepareAndFinalize):
         self._calls = 0
         self._nvlink: NvlinkTransport | None = None
         self._collective: CollectiveTransport | None = None
+        self._hybrid_ep: HybridEPTransport | None = None
 
     def accommodate(self, experts: type[Experts]) -> None:
         config, device, slots = self.config, self.arena.device, _slots_per_rank(self.config)
         self._groups = dispatched_groups(config.quantization, config.hidden_size) if experts.takes_quantized else 0
+        takes_groups = ActivationFormat.CONTIGUOUS in experts.activation_formats
+        if config.dispatch_transport == "hybrid_ep":
+            _say_once(self._node.size, "by DeepEP's HybridEPBuffer")
+            self._groups = hybrid_ep_transport.travelling_groups(config, self._groups)
+            self._in_groups = takes_groups and _may_permute(config) and hybrid_ep_transport.may_permute(deep_ep.probe())
+            self._errors = DeferredErrors(config, device, self._ep)
+            self._hybrid_ep = HybridEPTransport(config, self._ep, slots, self._groups, self._in_groups)
+            return
         why_not = self._why_not_nvlink()
-        _say_once(self._node.size, why_not)
+        _say_once(self._node.size, f"over torch.distributed: {why_not}" if why_not else "by NVLink kernels")
         if why_not:
             room = config.dispatch_capacity if config.cuda_graph else None
             self._errors = DeferredErrors(config, device, self._ep)
@@ -149,25 +162,30 @@ class HybridDenseRouting(PrepareAndFinalize):
         tables = self._tables
         if self._rail is not None:
             tables = LookupTables.of(_tables_of_node(self._node.size, slots, device))
-        takes_groups = ActivationFormat.CONTIGUOUS in experts.activation_formats
         self._in_groups = takes_groups and _may_permute(config)
         shape = _row_shape(config, self._groups, slots if self._in_groups else 0)
         self._nvlink = NvlinkTransport(config, shape, self._node, tables, self._errors, device, config.dispatch_num_sms)
 
     def _why_not_nvlink(self) -> str:
-        """Empty where the NVLink kernels run, the same on all ranks. Collective."""
-        device = self.arena.device
-        if self.transport is not None:
-            return "" if self.transport == "nvlink" else f"transport = {self.transport!r}"
+        """Empty where the NVLink kernels run, the same on all ranks. Collective.
+
+        Raises ConfigError where they are asked for and do not.
+        """
+        device, asked = self.arena.device, self.config.dispatch_transport
+        if asked == "collective":
+            return f"dispatch_transport = {asked!r}"
         if device.type != "cuda":
-            return "no CUDA device"
+            return "" if asked == "nvlink" else "no CUDA device"
         major, minor = torch.cuda.get_device_capability(device)
         problem = _why_not(10 * major + minor, uses_triton(device), self._node.size)
         # Other nodes may be of another kind.
         problems = self._ep.gather_objects(problem, "symmetric memory")
         if not any(problems):
             problems = self._ep.gather_objects(reachable_peers(self._node, device), "symmetric memory")
-        return next(filter(None, problems), "")
+        problem = next(filter(None, problems), "")
+        if problem and asked == "nvlink":
+            raise ConfigError(f"dispatch_transport = {asked!r} was asked for: {problem}")
+        return problem
 
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
@@ -177,7 +195,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         ids = parallel.ep_size * _slots_per_rank(config)
         capacity = config.dispatch_capacity if config.cuda_graph else None
         most_sms = min(environment.num_sms or MAX_PROGRAMS, MAX_PROGRAMS)
-        return Verdict.of(
+        verdict = Verdict.of(
             gate_dtype(config, *SUPPORTED_DTYPES),
             Gate("torch.distributed backend", backend in environment.backends, seen, backend),
             Gate(
@@ -205,12 +223,25 @@ class HybridDenseRouting(PrepareAndFinalize):
                 f"at most {most_sms}",
             ),
         )
+        if config.dispatch_transport == "hybrid_ep":
+            return verdict + Verdict.of(*hybrid_ep_transport.gates(config, environment, _slots_per_rank(config)))
+        if config.dispatch_transport == "nvlink" and environment.device_type == "cuda":
+            problem = cls.why_not_nvlink(config, environment)
+            return verdict + Verdict.of(
+                Gate("dispatch_transport", not problem, problem or "nvlink", "a machine where NVLink kernels run")
+            )
+        return verdict
+
+    @classmethod
+    def host_syncs(cls, config: MoEConfig, environment: Environment) -> int:
+        """HybridEP waits for the number of rows, and before it for the error flags of all ranks."""
+        return 2 if config.dispatch_transport == "hybrid_ep" else 0
 
     @classmethod
     def why_not_nvlink(cls, config: MoEConfig, environment: Environment) -> str:
         """Why the NVLink kernels would not run in `environment`; empty if they would. The ranks have the last word."""
-        if cls.transport is not None:
-            return "" if cls.transport == "nvlink" else f"transport = {cls.transport!r}"
+        if config.dispatch_transport not in (None, "nvlink"):
+            return f"dispatch_transport = {config.dispatch_transport!r}"
         if environment.device_type != "cuda":
             return "no CUDA device"
         has_triton = environment.package("triton").usable and not environment.triton_interpret
@@ -219,6 +250,12 @@ class HybridDenseRouting(PrepareAndFinalize):
 
     @classmethod
     def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
+        if config.dispatch_transport == "hybrid_ep":
+            groups = dispatched_groups(config.quantization, config.hidden_size)
+            groups = hybrid_ep_transport.travelling_groups(config, groups)
+            package = environment.package(deep_ep.PACKAGE)
+            in_groups = _may_permute(config) and hybrid_ep_transport.may_permute(package)
+            return {"transport": hybrid_ep_transport.describe(package, groups, in_groups)}
         why_not = cls.why_not_nvlink(config, environment)
         words = f"NVLink kernels on at most {config.dispatch_num_sms} SMs, {NUM_SETS} micro-batches in flight"
         if why_not:
@@ -238,6 +275,10 @@ class HybridDenseRouting(PrepareAndFinalize):
         parallel, ranks = config.parallel, _ranks_per_node(config)
         tokens = parallel.num_nodes * config.max_tokens_per_rank
         layout = RowLayout(config.hidden_size, config.top_k, config.dtype)
+        if config.dispatch_transport == "hybrid_ep":
+            return _with_quantized_rows(
+                config, hybrid_ep_transport.memory(config, _slots_per_rank(config), _may_permute(config))
+            )
         room = config.dispatch_capacity if config.cuda_graph else None
         shape = _row_shape(config, 0, _slots_per_rank(config) if _may_permute(config) else 0)
         nvlink = {f"symmetric {name}": size for name, size in shape.memory(ranks).items()}
@@ -250,19 +291,19 @@ class HybridDenseRouting(PrepareAndFinalize):
         if parallel.num_nodes > 1:
             needed |= RailExchange.memory(layout, config.dtype, parallel.num_nodes, config.max_tokens_per_rank)
             needed["node results"] = tokens * row_bytes
-        if dispatched_groups(config.quantization, config.hidden_size):
-            needed["quantized rows"] = config.max_tokens_per_rank * row_bytes
-        if parallel.tp_size > 1:
-            needed["TP result"] = config.max_tokens_per_rank * row_bytes
-        return needed
+        return _with_quantized_rows(config, needed)
 
     def counters(self) -> Mapping[str, int]:
         """Dispatches, by the transport of the node."""
+        if self._hybrid_ep is not None:
+            return {"hybrid_ep": self._calls}
         return {"nvlink" if self._nvlink is not None else "collective": self._calls}
 
     @property
     def num_sms(self) -> int | None:
         """SMs that kernels which move rows take at most; None where torch.distributed moves them."""
+        if self._hybrid_ep is not None:
+            return self._hybrid_ep.num_sms
         if self._nvlink is None:
             return None
         return 2 * self._nvlink.num_sms if self._in_groups else self._nvlink.num_sms
@@ -340,7 +381,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         self, hidden_states: torch.Tensor, call: _Call, problem: InputError | None = None
     ) -> Callable[[], Dispatched]:
         """problem: what this rank was called with wrongly, or None."""
-        if self._nvlink is None and self._collective is None:
+        if self._nvlink is None and self._collective is None and self._hybrid_ep is None:
             raise HandleError(f"{self.name}: accommodate(experts) comes before the first call")
         self._errors.raise_pending()
         self._calls += 1
@@ -366,6 +407,11 @@ class HybridDenseRouting(PrepareAndFinalize):
             handle = HybridHandle(self, hidden_states.shape[0], workspace, call, received.handle, None)
             dispatched = self._dispatched(received, stage, handle)
             return lambda: dispatched
+        if self._hybrid_ep is not None:
+            dispatched = self._dispatch_by_hybrid_ep(
+                activations, weights, self._placed(call), workspace, stage, problem
+            )
+            return lambda: dispatched
         return self._start_exchange(activations, weights, self._placed(call), workspace, stage, problem)
 
     def _placed(self, call: _Call) -> _Call:
@@ -378,6 +424,35 @@ class HybridDenseRouting(PrepareAndFinalize):
         placement_lookup(call.topk_ids, self._tables, slot, found, int(ErrorFlag.EXPERT_ID), rank=rank)
         ids = to_dense_ids(rank, slot, _slots_per_rank(self.config))
         return replace(call, ids=ids, flags=found)
+
+    def _dispatch_by_hybrid_ep(
+        self,
+        activations: torch.Tensor,
+        weights: torch.Tensor | None,
+        call: _Call,
+        workspace: Workspace,
+        stage: RouterWeightStage,
+        problem: InputError | None,
+    ) -> Dispatched:
+        """Dispatch by physical ids; errors of any rank are raised on all of them before a row moves."""
+        assert self._hybrid_ep is not None and call.ids is not None and call.flags is not None
+        assert not isinstance(call.routing, CollectiveRouting)
+        flags = call.flags if problem is None else call.flags | int(ErrorFlag.ABORTED)
+        seen = flags_of_all(self._ep, self._tp, flags)
+        if seen:
+            workspace.release()
+            raise_together(self.config, self._ep, self._tp, problem, int(flags), seen)
+        num_tokens, scales = activations.shape[0], None
+        if self._groups:
+            activations, scales = self._quantized(activations, workspace)
+        received = self._hybrid_ep.dispatch(
+            activations, call.ids, weights, call.capacity, workspace, scales, call.routing
+        )
+        known = replace(call, routing=received.handle.routing)
+        handle = HybridHandle(self, num_tokens, workspace, known, received.handle, None)
+        if isinstance(received, ReceivedInGroupsByHybridEP):
+            return self._dispatched_in_groups(received, stage, handle)
+        return self._dispatched(received, stage, handle)
 
     def _start_exchange(
         self,
@@ -410,6 +485,7 @@ class HybridDenseRouting(PrepareAndFinalize):
 
         if self._rail is None:
             assert self._collective is not None
+            assert not isinstance(call.routing, HybridEPRouting)
             finish = self._collective.start_dispatch(
                 activations, ids, weights, flags, call.capacity, workspace, scales, call.routing
             )
@@ -433,12 +509,16 @@ class HybridDenseRouting(PrepareAndFinalize):
             )
             return lambda: received
         assert self._collective is not None
+        assert not isinstance(call.routing, HybridEPRouting)
         return self._collective.start_dispatch(
             tokens.activations, tokens.ids, weights, tokens.flags, capacity, workspace, tokens.scales, call.routing
         )
 
     def _dispatched(
-        self, received: ReceivedByCollectives | ReceivedOverNvlink, stage: RouterWeightStage, handle: HybridHandle
+        self,
+        received: ReceivedByCollectives | ReceivedOverNvlink | ReceivedByHybridEP,
+        stage: RouterWeightStage,
+        handle: HybridHandle,
     ) -> Dispatched:
         return Dispatched(
             activations=received.activations,
@@ -451,7 +531,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         )
 
     def _dispatched_in_groups(
-        self, received: ReceivedInGroups, stage: RouterWeightStage, handle: HybridHandle
+        self, received: ReceivedInGroups | ReceivedInGroupsByHybridEP, stage: RouterWeightStage, handle: HybridHandle
     ) -> Dispatched:
         return Dispatched(
             activations=received.activations,
@@ -506,6 +586,12 @@ class HybridDenseRouting(PrepareAndFinalize):
     ) -> Callable[[], torch.Tensor]:
         handle.consume(self)
         assert isinstance(handle, HybridHandle)
+        if out is None and self._tp.size == 1 and isinstance(handle.inside, HybridEPCall):
+            # It makes a tensor of its own.
+            assert self._hybrid_ep is not None
+            combined = self._hybrid_ep.combine(expert_output, handle.inside)
+            handle.workspace.release()
+            return lambda: combined
         result = target = self._new_result(handle) if out is None else out
         if self._tp.size > 1 and not result.is_contiguous():
             target = handle.workspace.tensor("TP result", tuple(result.shape), result.dtype)
@@ -535,6 +621,10 @@ class HybridDenseRouting(PrepareAndFinalize):
             assert self._nvlink is not None
             self._nvlink.combine(rows, inside, in_node, workspace)
             finish = None
+        elif isinstance(inside, HybridEPCall):
+            assert self._hybrid_ep is not None
+            in_node.copy_(self._hybrid_ep.combine(rows, inside))
+            finish = None
         else:
             assert self._collective is not None
             finish = self._collective.start_combine(rows, inside, in_node)
@@ -551,6 +641,10 @@ class HybridDenseRouting(PrepareAndFinalize):
 
     def check_errors(self) -> None:
         self._errors.raise_pending(synchronize=True)
+
+    def close(self) -> None:
+        if self._hybrid_ep is not None:
+            self._hybrid_ep.close()
 
     def _new_result(self, handle: DispatchHandle) -> torch.Tensor:
         shape = (handle.num_tokens, self.config.hidden_size)
@@ -576,6 +670,16 @@ def _lost_word(node: Communicator, device: torch.device) -> torch.Tensor:
 
 
 _lost_words: weakref.WeakValueDictionary[tuple[str | None, torch.device], torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def _with_quantized_rows(config: MoEConfig, sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """`memory` with what any transport takes besides."""
+    needed, rows_bytes = dict(sizes), config.max_tokens_per_rank * config.hidden_size * config.dtype.itemsize
+    if dispatched_groups(config.quantization, config.hidden_size):
+        needed["quantized rows"] = rows_bytes
+    if config.parallel.tp_size > 1:
+        needed["TP result"] = rows_bytes
+    return needed
 
 
 def _may_permute(config: MoEConfig) -> bool:
@@ -610,6 +714,5 @@ def _why_not(sm: int, has_triton: bool, ranks_per_node: int) -> str:
 
 
 @functools.cache
-def _say_once(num_ranks: int, why_not: str) -> None:
-    how = f"over torch.distributed: {why_not}" if why_not else "by NVLink kernels"
+def _say_once(num_ranks: int, how: str) -> None:
     logger.info("hybrid_dense_routing moves rows between %d rank(s) of a node %s", num_ranks, how)

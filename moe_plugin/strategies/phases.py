@@ -47,3 +47,7 @@ class PhasedLayer(MoELayer):
     def check_errors(self) -> None:
         self.decode.check_errors()
         self.prefill.check_errors()
+
+    def close(self) -> None:
+        self.decode.close()
+        self.prefill.close()

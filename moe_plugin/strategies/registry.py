@@ -85,11 +85,13 @@ def _register_builtin() -> None:
     from moe_plugin.experts.deep_gemm_hybrid import DeepGemmHybrid
     from moe_plugin.experts.torch_native import TorchNative
     from moe_plugin.experts.triton_fused_moe import TritonFusedMoE
+    from moe_plugin.prepare_finalize.deepep_high_throughput import DeepEPHighThroughput
+    from moe_plugin.prepare_finalize.deepep_low_latency import DeepEPLowLatency
     from moe_plugin.prepare_finalize.hybrid_dense_routing import HybridDenseRouting
     from moe_plugin.prepare_finalize.local import Local
     from moe_plugin.prepare_finalize.nccl_all_to_all import NcclAllToAll
 
-    for prepare_finalize in (Local, HybridDenseRouting, NcclAllToAll):
+    for prepare_finalize in (Local, HybridDenseRouting, NcclAllToAll, DeepEPHighThroughput, DeepEPLowLatency):
         register_prepare_finalize(prepare_finalize)
     for experts in (DeepGemmHybrid, TritonFusedMoE, TorchNative):
         register_experts(experts)

@@ -16,13 +16,19 @@ from moe_plugin.strategies.names import PHASES
 from moe_plugin.strategies.ranking import RANKING, UNRANKED
 from moe_plugin.strategies.selector import explain, strategy_names
 
+_HIDDEN_SIZE = 2048
 START, END = "<!-- strategy-table:start -->", "<!-- strategy-table:end -->"
 
 
 def strategy_table() -> str:
     """The registered strategies as a Markdown table, the same on every machine: what stands in the README."""
     deep_gemm = Package("deep_gemm", "0.1.5", features=frozenset({"bf16", "fp8", "psum"}))
-    packages = {"triton": Package("triton", "3.6"), "deep_gemm": deep_gemm}
+    deep_ep = Package(
+        "deep_ep",
+        "2.1.0",
+        features=frozenset({"Buffer", "num_worst_tokens", "low_latency", f"ll_hidden_{_HIDDEN_SIZE}"}),
+    )
+    packages = {"triton": Package("triton", "3.6"), "deep_gemm": deep_gemm, "deep_ep": deep_ep}
     machines = {
         "CPU": Environment(torch_version="2.11", backends=("gloo",)),
         "GPU": Environment(torch_version="2.11", packages=packages, nvcc=True).pretend(sm=90),
@@ -33,7 +39,7 @@ def strategy_table() -> str:
             layer = MoEConfig(
                 num_experts=8,
                 top_k=2,
-                hidden_size=64,
+                hidden_size=_HIDDEN_SIZE,
                 intermediate_size=64,
                 parallel=ParallelConfig(ep_size=ep_size),
                 cuda_graph=cuda_graph,

@@ -163,12 +163,14 @@ class Case:
     def __post_init__(self) -> None:
         parallel = replace(self.context.parallel(self.tp_size, self.timeout_seconds), num_nodes=self.num_nodes)
         overrides = DEFAULTS | self.overrides
-        experts = pair_classes(self.strategy)[1] if "+" in self.strategy else None
+        dispatcher, experts = pair_classes(self.strategy) if "+" in self.strategy else (None, None)
         self._rounds_gate_up = experts is not None and experts.rounds_gate_up
         multiple = 1 if experts is None else experts.size_multiple
         for name, unit in (("hidden_size", multiple), ("intermediate_size", multiple * self.tp_size)):
             if multiple > 1 and overrides[name] % 16 == 0:  # odd sizes stay odd, and are refused or right
                 overrides[name] = -(-overrides[name] // unit) * unit
+        if dispatcher is not None and self.context.device.type == "cuda" and overrides["hidden_size"] % 16 == 0:
+            overrides["hidden_size"] = max(overrides["hidden_size"], dispatcher.min_hidden_size)
         placement = overrides.pop("placement", None)
         self.config = MoEConfig(
             **overrides,

@@ -74,9 +74,14 @@ def run_call(case: Case, inputs: Inputs, **options: Any) -> torch.Tensor:
 
 
 def call_and_check_errors(case: Case, inputs: Inputs) -> None:
-    """One call and the host point at which a CUDA device's flags are raised."""
-    case.layer(*inputs.as_tuple())
-    case.layer.check_errors()
+    """One call and the host point at which a CUDA device's flags are raised.
+
+    To the latter every rank has to come, one whose call raised included.
+    """
+    try:
+        case.layer(*inputs.as_tuple())
+    finally:
+        case.layer.check_errors()
 
 
 def expect(error: type[MoEPluginError], function: Callable[[], object], *words: str) -> str:

@@ -125,6 +125,44 @@ def test_weights_become_fp32_in_the_same_call(dtype: torch.dtype, use_triton: bo
     assert torch.equal(converted, weights.float())
 
 
+def merged_by_hand(ids: torch.Tensor, weights: torch.Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and weights of every token with each expert once."""
+    rows_of_ids, rows_of_weights = [], []
+    for row, of_row in zip(ids.tolist(), weights.tolist(), strict=True):
+        first = [k for k, expert in enumerate(row) if expert >= 0 and expert not in row[:k]]
+        rows_of_ids.append([expert if k in first else -1 for k, expert in enumerate(row)])
+        total = [sum(w for other, w in zip(row, of_row, strict=True) if other == expert) for expert in row]
+        rows_of_weights.append([total[k] if k in first else 0.0 for k in range(len(row))])
+    return rows_of_ids, rows_of_weights
+
+
+@pytest.mark.parametrize("use_triton", [False, True], ids=["torch", "triton"])
+def test_an_expert_named_again_is_merged_with_the_first(use_triton: bool) -> None:
+    topk_ids = random_ids(PLACEMENTS["identity"], 200, 4, torch.int64)
+    topk_ids[:4] = torch.tensor([[2, 0, 2, 2], [-1, -1, 3, -1], [1, 1, 1, 1], [5, 9, 9, 5]])
+    # Quarters add up without rounding.
+    weights = torch.randint(-8, 8, (200, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE) / 4
+    expected_ids, expected_weights = merged_by_hand(topk_ids, weights)
+    expected_ids[3] = [5, -1, -1, -1]
+    expected_weights[3][1] = 0.0
+    slot = torch.full((200, 4), 77, dtype=torch.int64, device=DEVICE)
+    out, flags = torch.full((200, 4), torch.nan, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    placement_lookup(
+        topk_ids,
+        LookupTables.of(PLACEMENTS["identity"].tables(DEVICE)),
+        slot,
+        flags,
+        FLAG,
+        topk_weights=weights.to(torch.bfloat16).T.contiguous().T,
+        weights=out,
+        merge_duplicates=True,
+        use_triton=use_triton,
+    )
+    assert slot.tolist() == expected_ids
+    assert out.tolist() == expected_weights
+    assert int(flags) == FLAG
+
+
 @pytest.mark.parametrize("use_triton", [False, True], ids=["torch", "triton"])
 def test_no_tokens(use_triton: bool) -> None:
     topk_ids = torch.empty(0, 2, dtype=torch.int32, device=DEVICE)

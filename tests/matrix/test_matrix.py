@@ -8,12 +8,13 @@ fp8 rows exist in bf16 alone.
 Without a GPU hybrid_dense_routing moves rows over torch.distributed. What experts do with rows that were dispatched is
 the same behind it as behind nccl_all_to_all, so with interpreted experts a few of its rows are enough.
 
-deep_gemm_hybrid computes in bf16 alone. Without a GPU it runs on the contract double of DeepGEMM, which has to agree
-with the package in tests/compat.
+deep_gemm_hybrid computes in bf16 alone, and DeepEP moves rows of bf16 layers alone, between 2, 4 or 8 ranks. Without a
+GPU they run on contract doubles of the packages, which have to agree with these in tests/compat.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +24,7 @@ import moe_plugin
 from moe_plugin.testing import CHECKS
 from moe_plugin.testing.pytest_tests import DTYPES, MAX_RANKS, device_type_for, run_check
 from moe_plugin.verdict import dtype_name
-from tests.doubles import deep_gemm
+from tests.doubles import deep_ep, deep_gemm
 
 TOP_K_ROWS = [name for name in CHECKS if name.startswith("top_k_")]
 INTERPRETED_ROWS = [*TOP_K_ROWS, "no_tokens", "dropped_ids", "all_to_one_rank"]
@@ -39,6 +40,7 @@ HYBRID = "hybrid_dense_routing+"
 HYBRID_INTERPRETED = ["top_k_2", "no_tokens", "dropped_ids", "fp8_block"]
 HYBRID_FIXED = ["fixed_capacity", "capacity_overflow_raises"]
 """Rows of torch experts under CUDA graphs are refused, so that others have to run them."""
+DEEP_EP = "deepep_"
 ROWS_WITHOUT_DISPATCH = ["tensor_parallel", "fp8_tensor_parallel", "top_k_2"]
 """On several ranks `local` is what tensor parallelism runs; one more row shows what its gate says otherwise."""
 
@@ -48,6 +50,8 @@ def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
     names = [name for name in CHECKS if dtype == torch.bfloat16 or not name.startswith("fp8_")]
     if strategy.startswith(HYBRID) and device_type_for(num_ranks) == "cpu":
         return hybrid_rows(strategy, num_ranks, dtype, names)
+    if strategy.startswith(DEEP_EP):
+        return deep_ep_rows(strategy, num_ranks, dtype, names)
     if strategy.endswith("+deep_gemm_hybrid"):
         if dtype != torch.bfloat16:
             return ["top_k_2"]
@@ -72,6 +76,26 @@ def hybrid_rows(strategy: str, num_ranks: int, dtype: torch.dtype, names: list[s
     return HYBRID_INTERPRETED + HYBRID_FIXED * strategy.endswith("+triton_fused_moe")
 
 
+def deep_ep_rows(strategy: str, num_ranks: int, dtype: torch.dtype, names: list[str]) -> list[str]:
+    """`rows` of the classes that DeepEP moves rows for. names: all there are."""
+    if dtype != torch.bfloat16 or num_ranks in (1, 3):
+        return ["top_k_2"] if strategy.endswith("+torch_native") else []
+    if device_type_for(num_ranks) == "cuda":
+        return names
+    if strategy.endswith("+torch_native"):
+        return names if num_ranks == 2 else ["top_k_2", "no_tokens", "all_to_one_rank", "tensor_parallel"]
+    if num_ranks > 2:
+        return []
+    return HYBRID_INTERPRETED + HYBRID_FIXED[:1] * strategy.endswith("+triton_fused_moe")
+
+
+def install_doubles(deep_ep_too: bool, deep_gemm_too: bool) -> None:
+    if deep_ep_too:
+        deep_ep.install()
+    if deep_gemm_too:
+        deep_gemm.install()
+
+
 def cells() -> Iterator[object]:
     for strategy in moe_plugin.strategy_names():
         for num_ranks in range(1, MAX_RANKS + 1):
@@ -85,5 +109,8 @@ def cells() -> Iterator[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "num_ranks", "dtype", "row"), list(cells()))
 def test_matrix(strategy: str, num_ranks: int, dtype: torch.dtype, row: str) -> None:
-    on_double = strategy.endswith("+deep_gemm_hybrid") and device_type_for(num_ranks) == "cpu"
-    run_check(row, strategy, dtype, num_ranks, setup=deep_gemm.install if on_double else None)
+    doubles = None
+    if device_type_for(num_ranks) == "cpu":
+        wanted = strategy.startswith(DEEP_EP), strategy.endswith("+deep_gemm_hybrid")
+        doubles = functools.partial(install_doubles, *wanted) if any(wanted) else None
+    run_check(row, strategy, dtype, num_ranks, setup=doubles)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -69,10 +69,9 @@ class OverNvlink(HybridDenseRouting):
     """By NVLink kernels, with few programs, since the interpreter runs them one after the other."""
 
     name = "over_nvlink"
-    transport: ClassVar[str | None] = "nvlink"
 
     def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
-        super().__init__(replace(config, dispatch_num_sms=2), arena)
+        super().__init__(replace(config, dispatch_transport="nvlink", dispatch_num_sms=2), arena)
 
 
 class InGroups(OverNvlink):
@@ -88,7 +87,9 @@ class OverCollectives(HybridDenseRouting):
     """By torch.distributed, also between GPUs that could write to each other."""
 
     name = "over_collectives"
-    transport: ClassVar[str | None] = "collective"
+
+    def __init__(self, config: MoEConfig, arena: WorkspaceArena) -> None:
+        super().__init__(replace(config, dispatch_transport="collective"), arena)
 
 
 def register() -> None:

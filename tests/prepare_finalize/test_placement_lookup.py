@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_plugin.config import ExpertPlacement, MoEConfig
+from moe_plugin.config import ExpertPlacement, MoEConfig, ParallelConfig
 from moe_plugin.errors import ExpertIdError
-from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors
+from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
 from moe_plugin.prepare_finalize.placement_lookup import PlacementLookup
 from moe_plugin.workspace import WorkspaceArena
 
@@ -51,6 +51,53 @@ def test_wrong_ids_go_to_the_errors(use_triton: bool) -> None:
         look_up()
     errors.raise_pending(synchronize=True)
     assert workspace.tensor("local_ids", (1, 2), torch.int32).tolist() == [[0, -1]]
+
+
+@by_form
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_physical_ids(use_triton: bool, dtype: torch.dtype) -> None:
+    """Of 2 ranks with room for 3 experts each, one of which both have."""
+    placement = ExpertPlacement.from_table(4, [[2, 0, 1], [3, 1]])
+    config = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        hidden_size=8,
+        intermediate_size=8,
+        placement=placement,
+        parallel=ParallelConfig(ep_size=2),
+    )
+    lookup, errors = PlacementLookup(config, DEVICE, use_triton, slots_per_rank=3), DeferredErrors(config, DEVICE)
+    workspace = WorkspaceArena(DEVICE, poison=True).lease()
+    weights = torch.tensor([[0.5, 0.25], [1.0, 2.0], [3.0, 4.0]], device=DEVICE)
+    for _ in range(3):  # described, then repeated
+        found, of_ids, flags = lookup.physical(ids([[3, 1], [1, 1], [-1, 2]]), weights, dtype, workspace, errors)
+        assert found.dtype is dtype
+        assert found.tolist() == [[3, 2], [4, -1], [-1, 0]]
+        assert of_ids is not None
+        assert of_ids.tolist() == [[0.5, 0.25], [3.0, 0.0], [0.0, 4.0]]
+        assert flags is None if use_triton else int(flags) == 0
+        errors.raise_pending(synchronize=True)
+    _, _, flags = lookup.physical(ids([[4, 0]]), None, dtype, workspace, errors)
+    if flags is not None:
+        assert int(flags) == ErrorFlag.EXPERT_ID
+    else:
+        with pytest.raises(ExpertIdError):
+            errors.raise_pending(synchronize=True)
+
+
+@by_form
+def test_physical_ids_of_one_expert_each_pass_weights_that_are_right(use_triton: bool) -> None:
+    config = MoEConfig(num_experts=4, top_k=1, hidden_size=8, intermediate_size=8)
+    lookup, errors = PlacementLookup(config, DEVICE, use_triton, slots_per_rank=4), DeferredErrors(config, DEVICE)
+    workspace, weights = WorkspaceArena(DEVICE).lease(), torch.rand(3, 1, device=DEVICE)
+    found, passed, _ = lookup.physical(ids([[3], [-1], [0]]), weights, torch.int64, workspace, errors)
+    assert found.tolist() == [[3], [-1], [0]]
+    assert passed is weights
+    spread = torch.rand(3, 2, device=DEVICE)[:, :1]
+    _, dense, _ = lookup.physical(ids([[3], [-1], [0]]), spread, torch.int64, workspace, errors)
+    assert dense is not None
+    assert dense.is_contiguous()
+    assert torch.equal(dense, spread)
 
 
 def test_repeated_lookups_take_each_call_s_tensors() -> None:

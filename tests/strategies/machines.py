@@ -11,6 +11,29 @@ from moe_plugin.environment import Environment, Package
 
 TRITON = {"triton": Package("triton", "3.6.0")}
 DEEP_GEMM = Package("deep_gemm", "0.1.5", features=frozenset({"bf16", "fp8", "psum"}))
+DEEP_EP = Package(
+    "deep_ep",
+    "2.1.0",
+    features=frozenset(
+        {
+            "Buffer",
+            "num_worst_tokens",
+            "low_latency",
+            "recv_hook",
+            "ue8m0",
+            "zero_copy",
+            "combine_out",
+            "ll_hidden_2048",
+        }
+    ),
+)
+WITH_DEEP_EP = TRITON | {"deep_gemm": DEEP_GEMM, "deep_ep": DEEP_EP}
+DEEP_EP_STRATEGIES = tuple(
+    f"deepep_{mode}+{experts}"
+    for mode in ("high_throughput", "low_latency")
+    for experts in ("deep_gemm_hybrid", "triton_fused_moe", "torch_native")
+)
+"""Built in, and not in the ranking table."""
 MEASURED = "GPU with a layout table"
 """Name of a device; conftest.py keeps a table for it and `layer_config()`, by which DeepGEMM wins at some sizes."""
 

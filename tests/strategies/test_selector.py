@@ -16,7 +16,7 @@ from moe_plugin.strategies.report import SelectionReport
 from moe_plugin.strategies.selector import explain, select, strategy_names
 from moe_plugin.verdict import Gate
 from tests.matrix.third_party import BatchedLocal, LoopExperts, OracleMonolith, register
-from tests.strategies.machines import CPU, INTERPRETER, MEASURED, TRITON, gpu, layer_config
+from tests.strategies.machines import CPU, DEEP_EP_STRATEGIES, INTERPRETER, MEASURED, TRITON, gpu, layer_config
 
 BUILT_IN = [row.strategy for row in RANKING]
 # What `auto` takes on one rank: DeepGEMM where a table says so, then Triton, then torch.
@@ -29,7 +29,7 @@ def ranking(*rows: RankedStrategy) -> tuple[RankedStrategy, ...]:
 
 
 def test_the_ranking_table_holds_every_built_in_strategy_once_with_a_reason() -> None:
-    assert strategy_names() == BUILT_IN
+    assert strategy_names() == [*BUILT_IN, *DEEP_EP_STRATEGIES]
     assert len(set(BUILT_IN)) == len(BUILT_IN)
     assert all(row.reason for row in RANKING)
 
@@ -204,7 +204,9 @@ def test_unknown_name() -> None:
 def test_third_party_classes_stand_in_the_table() -> None:
     register()
     assert strategy_names()[: len(BUILT_IN)] == BUILT_IN
-    assert set(strategy_names()[len(BUILT_IN) :]) == {
+    assert set(strategy_names()[len(BUILT_IN) :]) - {*DEEP_EP_STRATEGIES} == {
+        "deepep_high_throughput+loop",
+        "deepep_low_latency+loop",
         "local+loop",
         "hybrid_dense_routing+loop",
         "nccl_all_to_all+loop",

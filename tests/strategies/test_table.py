@@ -2,7 +2,8 @@
 
 A cell is "available", "explicit only", or the gates that refuse the strategy. A gate that suddenly refuses everything,
 or nothing any more, changes a cell. A row has cells for `local` and for dispatched experts; those hold behind either
-dispatcher, but that `auto` takes hybrid_dense_routing where its NVLink kernels run alone.
+dispatcher, but that `auto` takes hybrid_dense_routing where its NVLink kernels run alone. None of these machines has
+DeepEP; strategies over it are refused on all of them, and stand in a table of their own.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from moe_plugin.environment import Environment, Package
 from moe_plugin.strategies.selector import explain, survey
 from tests.strategies.machines import (
     CPU,
+    DEEP_EP_STRATEGIES,
     DEEP_GEMM,
     INTERPRETER,
     MEASURED,
     TRITON,
+    WITH_DEEP_EP,
     deep_gemm_with,
     gpu,
     layer_config,
@@ -265,6 +268,8 @@ def test_standing(name: str) -> None:
         entry.strategy: " ".join(gate.name for gate in entry.verdict.failed) or entry.standing()
         for entry in survey(config, environment)
     }
+    over_deep_ep = [seen.pop(strategy) for strategy in DEEP_EP_STRATEGIES]
+    assert all("deep_ep" in gates.split() for gates in over_deep_ep)
     assert seen == dict(zip(STRATEGIES, cells(name), strict=True))
     assert explain(config, "auto", environment).chosen["decode"] == choice
 
@@ -285,7 +290,46 @@ def test_what_may_be_captured_does_not_wait_for_the_host(sm: int, dtype: torch.d
 )
 def test_host_synchronizations_of_an_eager_call(sm: int, expected: tuple[int, ...]) -> None:
     seen = {entry.strategy: entry.host_syncs for entry in survey(layer_config(), gpu(sm))}
-    assert seen == dict(zip(STRATEGIES, expected, strict=True))
+    assert [seen[strategy] for strategy in STRATEGIES] == list(expected)
+
+
+DEEP_EP_LAYER: dict[str, Any] = {"ep_size": 8, "hidden_size": 2048}
+DEEP_EP_TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...]]] = {
+    "sm90": (gpu(90, packages=WITH_DEEP_EP), {}, (ASKED,) * 6),
+    "sm100 fp8 block": (gpu(100, packages=WITH_DEEP_EP), {"quantization": Fp8Block()}, (ASKED,) * 6),
+    "sm80": (
+        gpu(80, packages=WITH_DEEP_EP),
+        {},
+        ("sm", ASKED, ASKED, "sm sm", "sm", "sm"),
+    ),
+    "sm90 graph": (gpu(90, packages=WITH_DEEP_EP), {"cuda_graph": True}, (ASKED,) * 6),
+    "sm90, H of no kernel": (
+        gpu(90, packages=WITH_DEEP_EP),
+        {"hidden_size": 1024},
+        (ASKED,) * 3 + ("hidden_size",) * 3,
+    ),
+    "sm90 fp16": (
+        gpu(90, packages=WITH_DEEP_EP),
+        {"dtype": torch.float16},
+        ("dtype dtype", "dtype", "dtype") * 2,
+    ),
+    "sm90 one rank": (gpu(90, packages=WITH_DEEP_EP), {"ep_size": 1}, ("ep_size",) * 6),
+    "sm90 V2 alone": (
+        gpu(90, packages=TRITON | {"deep_gemm": DEEP_GEMM, "deep_ep": Package("deep_ep", "2.1.0")}),
+        {},
+        ("Buffer",) * 3 + ("low_latency",) * 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_EP_TABLE)
+def test_standing_with_deep_ep(name: str) -> None:
+    environment, layer, expected = DEEP_EP_TABLE[name]
+    seen = {
+        entry.strategy: " ".join(gate.name for gate in entry.verdict.failed) or entry.standing()
+        for entry in survey(layer_config(**DEEP_EP_LAYER | layer), environment)
+    }
+    assert [seen[strategy] for strategy in DEEP_EP_STRATEGIES] == list(expected)
 
 
 def test_every_strategy_is_available_somewhere_and_refused_somewhere() -> None:
