@@ -189,6 +189,7 @@ class SharedBuffer:
     def __init__(self, group: Any) -> None:
         self._group = group
         self._users: weakref.WeakSet[object] = weakref.WeakSet()
+        self._captured_users: weakref.WeakSet[object] = weakref.WeakSet()
         self._raw: Any = None
         self._nvl_bytes = self._rdma_bytes = 0
         self._queues, self._depth = 24, 0
@@ -209,6 +210,7 @@ class SharedBuffer:
     def leave(self, user: object) -> None:
         """The last one to leave releases the buffer. A collective: users leave in the same order on all ranks."""
         self._users.discard(user)
+        self._captured_users.discard(user)
         if not self._users:
             self.release()
 
@@ -219,6 +221,7 @@ class SharedBuffer:
             raise HandleError("the DeepEP buffer of this group was released; build the layer again")
         if self._may_capture and torch.cuda.is_current_stream_capturing():
             self._is_captured = True
+            self._captured_users.update(self._users)
         return self._raw
 
     @property
@@ -273,7 +276,7 @@ class SharedBuffer:
         fits = fits and depth <= self._depth
         if self._raw is not None and fits and self._raw.low_latency_mode >= bool(self._shapes):
             return
-        if self._raw is not None and self._is_captured:
+        if self._raw is not None and self._is_in_use_by_a_graph():
             raise ConfigError(
                 f"the DeepEP buffer of {self.num_bytes} bytes is in a CUDA graph and cannot grow to "
                 f"{max(nvl_bytes, self._nvl_bytes) + max(rdma_bytes, self._rdma_bytes)}; build all layers before "
@@ -294,9 +297,16 @@ class SharedBuffer:
         # It comes zeroed, which is clean for any shape.
         self._clean_for = next(iter(self._shapes)) if len(self._shapes) == 1 else None
 
+    def _is_in_use_by_a_graph(self) -> bool:
+        """Whether a CUDA graph may hold its address: one that was captured while layers that still exist did."""
+        if self._is_captured:
+            gc.collect()  # so that all ranks find the same layers
+        return self._is_captured and bool(self._captured_users)
+
     def release(self) -> None:
         """Give the memory back. A collective; layers that use it raise HandleError from then on."""
         if self._raw is not None:
+            self._captured_users.clear()
             raw, self._raw = self._raw, None
             self._in_flight.clear()
             self._pending = self._borrower = None

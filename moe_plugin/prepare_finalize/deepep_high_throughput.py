@@ -38,7 +38,7 @@ import torch
 from moe_plugin.compat import deep_ep
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
-from moe_plugin.errors import HandleError, InputError
+from moe_plugin.errors import ConfigError, HandleError, InputError
 from moe_plugin.kernels.dispatch_layout import (
     DispatchLayout,
     dispatch_layout,
@@ -65,6 +65,8 @@ from moe_plugin.workspace import Workspace, WorkspaceArena
 
 ROW_UNIT = 512
 """Bytes: DeepEP's copies go by warps of 32 lanes and 16 bytes."""
+MAX_ROW_BYTES = 16352
+"""Half a row and a barrier stand in the 8 KiB of shared memory that its dispatch gives a warp."""
 NODE_SIZES = (2, 4, 8)
 """Ranks of a node that its kernels are compiled for; between nodes 8 of each."""
 MAX_RANKS = 160
@@ -109,6 +111,13 @@ class DeepEPHighThroughput(PrepareAndFinalize):
     def accommodate(self, experts: type[Experts]) -> None:
         config = self.config
         self._groups = dispatched_groups(config.quantization, config.hidden_size) if experts.takes_quantized else 0
+        sent = FP8_DTYPE if self._groups else config.dtype
+        row_bytes = _row_width(config.hidden_size, sent) * sent.itemsize
+        if row_bytes > MAX_ROW_BYTES:
+            raise ConfigError(
+                f"{self.name} sends rows of at most {MAX_ROW_BYTES} bytes, and those of hidden_size "
+                f"{config.hidden_size} have {row_bytes} on their way to {experts.name}"
+            )
         self._buffer.join(self)
         self._buffer.reserve_high_throughput(self._row_width * config.dtype.itemsize, config.dispatch_num_sms)
 
@@ -159,6 +168,12 @@ class DeepEPHighThroughput(PrepareAndFinalize):
                 parallel.ep_size * config.max_tokens_per_rank * config.top_k < error_count(parallel.ep_size),
                 str(config.max_tokens_per_rank),
                 f"fewer than {error_count(parallel.ep_size)} pairs of all ranks: larger counts tell of errors",
+            ),
+            Gate(
+                "hidden_size",
+                _least_row_bytes(config) <= MAX_ROW_BYTES,
+                f"{config.hidden_size}, {_least_row_bytes(config)} bytes",
+                f"rows of at most {MAX_ROW_BYTES} bytes",
             ),
             Gate("top_k", config.top_k <= MAX_TOP_K, str(config.top_k), f"at most {MAX_TOP_K}"),
             Gate(
@@ -460,6 +475,12 @@ def _row_width(hidden_size: int, dtype: torch.dtype) -> int:
     """Columns of a row in whole units. Example: 2880 in bf16, 5760 bytes -> 3072."""
     unit = ROW_UNIT // dtype.itemsize
     return -(-hidden_size // unit) * unit
+
+
+def _least_row_bytes(config: MoEConfig) -> int:
+    """Of a row that is sent to experts that take it quantized, if it can be."""
+    sent = FP8_DTYPE if dispatched_groups(config.quantization, config.hidden_size) else config.dtype
+    return _row_width(config.hidden_size, sent) * sent.itemsize
 
 
 def _padded(x: torch.Tensor, width: int, name: str, workspace: Workspace) -> torch.Tensor:

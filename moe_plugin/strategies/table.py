@@ -26,7 +26,7 @@ def strategy_table() -> str:
     deep_ep = Package(
         "deep_ep",
         "2.1.0",
-        features=frozenset({"Buffer", "num_worst_tokens", "low_latency", f"ll_hidden_{_HIDDEN_SIZE}"}),
+        features=frozenset({"Buffer", "num_worst_tokens", "low_latency", f"ll_hidden_{_HIDDEN_SIZE}", "rdma"}),
     )
     packages = {"triton": Package("triton", "3.6"), "deep_gemm": deep_gemm, "deep_ep": deep_ep}
     machines = {

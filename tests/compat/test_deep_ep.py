@@ -98,22 +98,6 @@ def test_an_absent_one_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert "build it from" in package.problem
 
 
-def test_hidden_sizes_are_read_off_the_extension(install: Install, tmp_path: Path) -> None:
-    symbols = [f"_ZN7deep_ep12internode_ll{name}ILb0ELi{size}ELi11ELi4EEEvPv" for name, size in KERNELS]
-    install(
-        "import deep_ep._C\nclass Buffer:\n    def low_latency_dispatch(self, x, topk_idx, return_recv_hook): pass\n"
-    )
-    (tmp_path / "deep_ep" / "_C.py").write_text("".join(f"# {each}\n" for each in symbols))
-    package = deep_ep.probe()
-    sys.modules.pop("deep_ep._C")
-    assert package.features == {"Buffer", "low_latency", "recv_hook", "ll_hidden_2048", "ll_hidden_7168"}
-    assert deep_ep.low_latency_hidden_sizes(package) == (2048, 7168)
-    assert deep_ep.low_latency_hidden_sizes(Package("deep_ep")) == deep_ep.LOW_LATENCY_HIDDEN_SIZES
-
-
-KERNELS = [("7combine", 7168), ("7combine", 2048), ("7combine", 7168), ("8dispatch", 4096)]
-
-
 def test_numbers_of_ranks_without_a_tuned_configuration_take_that_of_fewer() -> None:
     with double.installed():
         sizes = [

@@ -280,7 +280,7 @@ class Buffer:
                 return None
             return torch.cat([part[name][rows] for part, rows in zip(parts, chosen, strict=True)])
 
-        received_ids, received_weights, lists = None, None, None
+        received_ids = received_weights = None
         if topk_idx is not None:
             assert per_expert is not None
             of_rank = per_expert.shape[0] // self.group_size

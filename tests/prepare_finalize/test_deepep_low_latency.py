@@ -214,7 +214,7 @@ def test_an_installation_without_hooks() -> None:
 
 
 def quantized_rows_travel(context: RankContext) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 128, "num_experts": 6}
+    sizes = {"hidden_size": 512, "intermediate_size": 128, "num_experts": 4}
     for experts in ("torch_native", "deep_gemm_hybrid", "triton_fused_moe")[: 1 if triton is None else 3]:
         case = make(context, f"deepep_low_latency+{experts}", quantization=Fp8Block(), **sizes)
         inputs = case.inputs(tokens_of_rank(context, 1, 33, 20))
@@ -222,7 +222,7 @@ def quantized_rows_travel(context: RankContext) -> None:
         assert dispatched.activations.dtype is FP8_DTYPE
         assert dispatched.scales is not None
         # Column by column, as DeepGEMM reads them.
-        assert dispatched.scales.shape == (3, 128, 4)
+        assert dispatched.scales.shape == (2, 128, 4)
         assert dispatched.scales.stride() == (4 * 128, 1, 128)
         out = kernel(case).finalize(kernel(case).apply_experts(dispatched), dispatched)
         check(out, case, inputs)
@@ -392,8 +392,9 @@ def entry(layer: MoEConfig, environment: Environment) -> Entry:
     ("changes", "environment", "gate", "words"),
     [
         ({"dtype": torch.float16}, machine(), "dtype", "bfloat16: DeepEP combines nothing else"),
-        ({}, gpu(90, packages=TRITON), "deep_ep low_latency", "build it from"),
-        ({}, machine(frozenset({"ElasticBuffer"})), "low_latency", "saw ElasticBuffer"),
+        ({}, gpu(90, packages=TRITON), "deep_ep low_latency network card", "build it from"),
+        ({}, machine(frozenset({"ElasticBuffer", "rdma"})), "low_latency", "saw ElasticBuffer"),
+        ({}, machine(DEEP_EP.features - {"rdma"}), "network card", "set MOE_PLUGIN_DEEPEP_NVLINK_ONLY=1"),
         ({}, machine(sm=80), "sm", "SM 90 or newer"),
         ({"ep_size": 1}, machine(), "ep_size", "2 or more"),
         ({"hidden_size": 4096}, machine(), "hidden_size", "one of 2048, for which"),
@@ -415,8 +416,9 @@ def test_refusals(changes: dict[str, Any], environment: Environment, gate: str, 
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_it_runs_on_gpus_and_waits_for_nothing(cuda_graph: bool) -> None:
-    found = entry(config(cuda_graph=cuda_graph), machine())
+@pytest.mark.parametrize("way", ["rdma", "nvlink_only"])
+def test_it_runs_on_gpus_and_waits_for_nothing(way: str, cuda_graph: bool) -> None:
+    found = entry(config(cuda_graph=cuda_graph), machine(DEEP_EP.features - {"rdma"} | {way}))
     assert found.runs, found.verdict.reason
     assert found.host_syncs == 0
 

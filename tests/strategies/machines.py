@@ -24,6 +24,7 @@ DEEP_EP = Package(
             "zero_copy",
             "combine_out",
             "ll_hidden_2048",
+            "rdma",
         }
     ),
 )

@@ -8,6 +8,7 @@ DeepEP; strategies over it are refused on all of them, and stand in a table of t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moe_plugin.environment import Environment, Package
 from moe_plugin.strategies.selector import explain, survey
 from tests.strategies.machines import (
     CPU,
+    DEEP_EP,
     DEEP_EP_STRATEGIES,
     DEEP_GEMM,
     INTERPRETER,
@@ -315,7 +317,7 @@ DEEP_EP_TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...]]] = 
     ),
     "sm90 one rank": (gpu(90, packages=WITH_DEEP_EP), {"ep_size": 1}, ("ep_size",) * 6),
     "sm90 V2 alone": (
-        gpu(90, packages=TRITON | {"deep_gemm": DEEP_GEMM, "deep_ep": Package("deep_ep", "2.1.0")}),
+        gpu(90, packages=TRITON | {"deep_gemm": DEEP_GEMM, "deep_ep": replace(DEEP_EP, features=frozenset({"rdma"}))}),
         {},
         ("Buffer",) * 3 + ("low_latency",) * 3,
     ),
