@@ -318,6 +318,14 @@ class PrepareAndFinalize(StrategyPart):
         self.config = config
         self.arena = arena
 
+    @classmethod
+    def quantizes_by_reciprocal(cls, config: MoEConfig) -> bool:
+        """Whether rows for experts that take them quantized are multiplied by the reciprocal of their scale.
+
+        See `quantization.fake_quantize`; the conformance kit's oracle follows.
+        """
+        return False
+
     def accommodate(self, experts: type[Experts]) -> None:
         """Told once, before the first call, which Experts class the rows are for.
 

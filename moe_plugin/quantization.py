@@ -109,9 +109,23 @@ def dequantize_rows(x: torch.Tensor, scale: torch.Tensor, group_size: int | None
 
 
 def fake_quantize(
-    x: torch.Tensor, group_size: int | None = None, static_scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    group_size: int | None = None,
+    static_scale: torch.Tensor | None = None,
+    by_reciprocal: bool = False,
 ) -> torch.Tensor:
-    """Quantized and back: the fp32 values that a GEMM on fp8 operands sees. With `static_scale` there are no groups."""
+    """Quantized and back: the fp32 values that a GEMM on fp8 operands sees. With `static_scale` there are no groups.
+
+    by_reciprocal: values are multiplied by 448 / amax rather than divided by the scale, as DeepEP's kernels do it. That
+    takes the other side of some ties, of which rows of 16-bit numbers have many.
+    """
+    if by_reciprocal:
+        depth = x.shape[-1]
+        group_size = group_size or max(depth, 1)
+        grouped = torch.nn.functional.pad(x.float(), (0, -depth % group_size)).unflatten(-1, (-1, group_size))
+        amax = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX)
+        values = to_fp8(grouped * (FP8_MAX / amax)).float() * (amax * (1 / FP8_MAX))
+        return values.flatten(-2)[..., :depth]
     if static_scale is not None:
         return quantize_static(x, static_scale).float() * static_scale
     return dequantize_rows(*quantize_rows(x, group_size), group_size)

@@ -35,6 +35,7 @@ def reference_moe(
     a13_scale: torch.Tensor | None = None,
     a2_scale: torch.Tensor | None = None,
     rounds_gate_up: bool = False,
+    quantizes_by_reciprocal: bool = False,
 ) -> torch.Tensor:
     """What every strategy must compute, over all experts.
 
@@ -45,6 +46,7 @@ def reference_moe(
     activation scales, scalar, [1] or [E]; the largest a13_scale serves all experts.
     rounds_gate_up: round the first GEMM's result to the dtype of hidden_states, as experts do whose GEMMs come from a
     library. In fp8 the difference is a percent of the output: what was near a tie is quantized to the other side.
+    quantizes_by_reciprocal: rows are quantized as `quantization.fake_quantize` does it so, for dispatchers that do.
     Returns fp32 [T, H], whatever the input dtypes. Raises ExpertIdError for an id outside [-1, E), ShapeError for
     scales that the scheme needs and were not given.
     """
@@ -68,7 +70,8 @@ def reference_moe(
         rows = x[token] * weight if apply_router_weight_on_input else x[token]
         if quantization is not None:
             # Rows reach the quantization in the dtype in which they travel.
-            rows = fake_quantize(rows.to(hidden_states.dtype), input_group_size(quantization), a13_scale)
+            group_size, by_reciprocal = input_group_size(quantization), quantizes_by_reciprocal
+            rows = fake_quantize(rows.to(hidden_states.dtype), group_size, a13_scale, by_reciprocal=by_reciprocal)
         gate_up = rows @ w13[expert].float().T
         if rounds_gate_up:
             gate_up = gate_up.to(hidden_states.dtype).float()

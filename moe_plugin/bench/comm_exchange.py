@@ -35,10 +35,12 @@ class Exchange(abc.ABC):
     """One call of one contender on this rank, to be repeated any number of times, a combine after each dispatch.
 
     config: of the layer; cuda_graph says whether calls will be captured. num_sms: SMs it takes, where that is known.
-    note: what else to know of it. row_bytes: of a row on its way to an expert, known once `reply` has seen one.
+    note: what else to know of it. quantizes_by_reciprocal: see PrepareAndFinalize. row_bytes: of a row on its way to an
+    expert, known once `reply` has seen one.
     """
 
     note: str = ""
+    quantizes_by_reciprocal = False
 
     def __init__(self, config: MoEConfig, inputs: Inputs) -> None:
         self.config, self.inputs = config, inputs
@@ -63,7 +65,8 @@ class Exchange(abc.ABC):
 
     def expected(self) -> torch.Tensor:
         """What combine must return."""
-        return expected_output(self.config, self.inputs, quantized=self.row_bytes < self.returned_row_bytes)
+        quantized = self.row_bytes < self.returned_row_bytes
+        return expected_output(self.config, self.inputs, quantized, self.quantizes_by_reciprocal)
 
     def finish(self) -> None:  # noqa: B027
         """A host point after all calls: raises what they flagged on the device."""
@@ -140,6 +143,7 @@ class StrategyExchange(Exchange):
         with torch.inference_mode(False), torch.no_grad():
             self._class = cls(config, WorkspaceArena(device))
             self._class.accommodate(experts)
+        self.quantizes_by_reciprocal = cls.quantizes_by_reciprocal(config)
         sms = getattr(self._class, "num_sms", None)
         self.num_sms = sms if isinstance(sms, int) and device.type == "cuda" else None
         self._experts = experts(config, device)
@@ -280,12 +284,15 @@ def factors(num_experts: int, device: torch.device) -> torch.Tensor:
     return 1 + (37 * torch.arange(num_experts, device=device) % 64) / 64
 
 
-def expected_output(config: MoEConfig, inputs: Inputs, quantized: bool) -> torch.Tensor:
+def expected_output(
+    config: MoEConfig, inputs: Inputs, quantized: bool, quantizes_by_reciprocal: bool = False
+) -> torch.Tensor:
     """fp32 [T, H]: see the module. quantized: rows travel in fp8."""
     ids, x = inputs.topk_ids.long(), inputs.hidden_states.float()
     if quantized:
         assert config.quantization is not None
-        x = fake_quantize(inputs.hidden_states, input_group_size(config.quantization))
+        group_size = input_group_size(config.quantization)
+        x = fake_quantize(inputs.hidden_states, group_size, by_reciprocal=quantizes_by_reciprocal)
     chosen = torch.where(ids >= 0, factors(config.num_experts, ids.device)[ids], 0)
     return (inputs.topk_weights * chosen).sum(dim=-1, keepdim=True) * x
 

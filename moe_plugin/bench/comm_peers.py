@@ -97,13 +97,16 @@ class DeepEpExchange(Exchange):
             self.row_bytes = config.hidden_size + 4 * (config.hidden_size // GROUP_SIZE)
         self._experts = ScalingExperts(config, inputs.hidden_states.device)
         self._ids = inputs.topk_ids.to(getattr(module, "topk_idx_t", torch.int64))
-        self._module: Any = module
-        self._buffer: Any = None
+        # Sized, made and given back as for our own classes; what is called on it is DeepEP's alone.
+        self._shared = deep_ep.SharedBuffer(config.parallel.ep_group)
+        self._features = package.features
+
+    @property
+    def _buffer(self) -> Any:
+        return self._shared.raw
 
     def close(self) -> None:
-        if self._buffer is not None:
-            self._buffer.destroy()
-            self._buffer = None
+        self._shared.release()
 
 
 class DeepEpHighThroughput(DeepEpExchange):
@@ -118,12 +121,9 @@ class DeepEpHighThroughput(DeepEpExchange):
             raise UnsupportedError(f"DeepEP runs on 2, 4 or 8 ranks of a node, not {size}")
         if hidden * 2 % 16 or (config.quantization is not None and hidden % GROUP_SIZE):
             raise UnsupportedError(f"DeepEP does not take rows of {hidden} columns")
-        buffer_class = self._module.Buffer
-        buffer_class.set_num_sms(self.SMS)
         self.num_sms = self.SMS
-        configs = (buffer_class.get_dispatch_config(size), buffer_class.get_combine_config(size))
-        nvl_bytes = max(each.get_nvl_buffer_size_hint(2 * hidden, size) for each in configs)
-        self._buffer = buffer_class(config.parallel.ep_group, nvl_bytes, 0, explicitly_destroy=True)
+        self._shared.reserve_high_throughput(2 * hidden, self.SMS)
+        self._configs = deep_ep.high_throughput_configs(size, self.SMS)
         self._rows: Any = inputs.hidden_states
         if config.quantization is not None:
             self.note = PREPARED_ROWS
@@ -142,6 +142,7 @@ class DeepEpHighThroughput(DeepEpExchange):
             topk_idx=self._ids,
             topk_weights=self.inputs.topk_weights,
             num_worst_tokens=self._worst,
+            config=self._configs[0],
         )
 
     def reply(self, received: Any) -> torch.Tensor:
@@ -150,37 +151,32 @@ class DeepEpHighThroughput(DeepEpExchange):
         return self._experts.standard(rows, local_ids, weights)
 
     def combine(self, received: Any, reply: torch.Tensor) -> torch.Tensor:
-        return self._buffer.combine(reply, received[4])[0]
+        return self._buffer.combine(reply, received[4], config=self._configs[1])[0]
 
 
 class DeepEpLowLatency(DeepEpExchange):
     """Every expert's rows for themselves, combined with their router weights."""
 
-    HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
-    MOST_TOKENS, MOST_TOP_K = 511, 11
+    MOST_TOKENS, MOST_TOP_K = 1023, 11
+    quantizes_by_reciprocal = True
 
     def __init__(self, config: MoEConfig, inputs: Inputs) -> None:
         super().__init__(config, inputs)
         size, hidden = config.parallel.ep_size, config.hidden_size
+        # As many rows of an expert as its scales have to be a multiple of, in one of its releases.
         self._most = inputs.tokens
-        while self._most * size % 4:
+        while self._most * size % 128:
             self._most += 1
-        if self._most > self.MOST_TOKENS or config.top_k > self.MOST_TOP_K or hidden not in self.HIDDEN_SIZES:
+        runs = f"ll_hidden_{hidden}" in self._features and inputs.tokens <= self.MOST_TOKENS
+        if not runs or config.top_k > self.MOST_TOP_K:
             raise UnsupportedError(
                 f"its low latency is for at most {self.MOST_TOKENS} tokens, top-{self.MOST_TOP_K} and some hidden sizes"
             )
+        if not self._features & {deep_ep.RDMA, deep_ep.NVLINK_ONLY, "cpu"}:
+            raise UnsupportedError("its low latency needs a network card, or to be built without the check for one")
         if config.quantization is not None and hidden % 512:
             raise UnsupportedError("its low latency takes fp8 rows of a multiple of 512 columns")
-        buffer_class = self._module.Buffer
-        nbytes = buffer_class.get_low_latency_rdma_size_hint(self._most, hidden, size, config.num_experts)
-        self._buffer = buffer_class(
-            config.parallel.ep_group,
-            0,
-            nbytes,
-            low_latency_mode=True,
-            num_qps_per_rank=config.num_experts // size,
-            explicitly_destroy=True,
-        )
+        self._shared.reserve_low_latency(deep_ep.LowLatencyShape(self._most, hidden, config.num_experts))
 
     def dispatch(self) -> Any:
         return self._buffer.low_latency_dispatch(

@@ -67,6 +67,7 @@ MAX_TOP_K = 11
 """Its dispatch gives each of a token's experts a warp, of which a block has 12 or more."""
 MAX_EXPERTS_PER_SM = 14
 """Each expert has a group of warps, of which a block holds at most 14 with two warps in each."""
+MAX_TOKENS = 1023
 ROWS_UNIT = 128
 """R * M is a multiple: DeepGEMM computes in blocks of so many rows, and DeepEP's hybrid-ep misplaces scales else."""
 FP8_UNIT = 512
@@ -170,6 +171,13 @@ class DeepEPLowLatency(PrepareAndFinalize):
                 str(config.hidden_size),
                 f"one of {', '.join(map(str, sizes))}, for which its kernels were compiled",
             ),
+            Gate(
+                "max_tokens_per_rank",
+                config.max_tokens_per_rank <= MAX_TOKENS,
+                str(config.max_tokens_per_rank),
+                f"at most {MAX_TOKENS}: its counters tell the end of a transfer by larger numbers",
+                "a phase of its own, decode=deepep_low_latency+...,prefill=..., is for few tokens",
+            ),
             Gate("top_k", config.top_k <= MAX_TOP_K, str(config.top_k), f"at most {MAX_TOP_K}"),
             Gate(
                 "num_experts",
@@ -179,6 +187,10 @@ class DeepEPLowLatency(PrepareAndFinalize):
             ),
             gate_cuda_graph(config, capturable=True),
         )
+
+    @classmethod
+    def quantizes_by_reciprocal(cls, config: MoEConfig) -> bool:
+        return _may_quantize(config)
 
     @classmethod
     def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:

@@ -179,6 +179,10 @@ class Case:
             placement=placement(parallel.ep_size) if callable(placement) else placement,
         )
         self.weights = Weights.random(self.config, self.context.device)
+        takes_quantized = experts is not None and experts.takes_quantized
+        self._by_reciprocal = (
+            takes_quantized and dispatcher is not None and dispatcher.quantizes_by_reciprocal(self.config)
+        )
         self.arena = WorkspaceArena(self.context.device, poison=True)
         self.layer: MoELayer = build(
             self.config,
@@ -198,14 +202,20 @@ class Case:
 
     def expected(self, inputs: Inputs) -> torch.Tensor:
         """The oracle's answer, fp32."""
-        return oracle(self.config, self.weights, inputs, self._rounds_gate_up)
+        return oracle(self.config, self.weights, inputs, self._rounds_gate_up, self._by_reciprocal)
 
     def expected_unquantized(self, inputs: Inputs) -> torch.Tensor:
         """The oracle's answer on dequantized weights and activations as they are, fp32."""
         return oracle(replace(self.config, quantization=None), self.weights.dequantized(self.config), inputs)
 
 
-def oracle(config: MoEConfig, weights: Weights, inputs: Inputs, rounds_gate_up: bool = False) -> torch.Tensor:
+def oracle(
+    config: MoEConfig,
+    weights: Weights,
+    inputs: Inputs,
+    rounds_gate_up: bool = False,
+    quantizes_by_reciprocal: bool = False,
+) -> torch.Tensor:
     """reference_moe of a whole layer. rounds_gate_up counts in fp8 alone, where rounding twice shows."""
     return reference_moe(
         *inputs.as_tuple(),
@@ -223,6 +233,7 @@ def oracle(config: MoEConfig, weights: Weights, inputs: Inputs, rounds_gate_up: 
         a13_scale=weights.a13_scale,
         a2_scale=weights.a2_scale,
         rounds_gate_up=rounds_gate_up and config.quantization is not None,
+        quantizes_by_reciprocal=quantizes_by_reciprocal,
     )
 
 

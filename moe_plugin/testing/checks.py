@@ -440,6 +440,7 @@ def tensor_parallel(context: RankContext, strategy: str, dtype: torch.dtype) -> 
         for counts in ((5, 3), (1, 0), (0, 4), (0, 0)):
             out = check_call(case, case.inputs(tokens_of_rank(context, tp_size, *counts)))
             assert out.isfinite().all()
+        case.layer.close()
 
 
 @check
@@ -455,6 +456,7 @@ def fixed_capacity(context: RankContext, strategy: str, dtype: torch.dtype) -> N
     with contextlib.suppress(MoEPluginError):
         case.layer.check_errors()
     check_call(case, case.inputs(2))
+    case.layer.close()
     if context.size % 2 == 0:
         case = Case(context, strategy, dtype, {"cuda_graph": True, "max_tokens_per_rank": 9}, tp_size=2)
         check_call(case, case.inputs(tokens_of_rank(context, 2, 9, 4)))
@@ -672,6 +674,7 @@ def fp8_tensor_parallel(context: RankContext, strategy: str, dtype: torch.dtype)
         for case in fp8_cases(context, strategy, dtype, tp_size, **sizes, has_bias=True):
             for counts in ((9, 3), (0, 4)):
                 check_call(case, case.inputs(tokens_of_rank(context, tp_size, *counts)))
+            case.layer.close()
 
 
 @check

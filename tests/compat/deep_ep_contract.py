@@ -662,6 +662,8 @@ def shared_buffer(ranks: Ranks, _: Any) -> None:
         every = low_latency_inputs(ranks, 75, shape.hidden_size)
         equal(collect(ranks, buffer.raw, send(ranks, buffer.raw, every)), weighted_sum(every[ranks.rank]))
         if ranks.is_real:
+            layer = torch.nn.Module()  # whoever has captured it
+            buffer.join(layer)
             with in_graph(torch.cuda.CUDAGraph()):
                 collect(ranks, buffer.raw, send(ranks, buffer.raw, every))
             with _raises(ConfigError, "CUDA graph"):
