@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from moe_plugin.bench.comm_exchange import CommContender, Exchange, rows_between_ranks, strategy_contenders
+from moe_plugin.bench.comm_exchange import CommContender, Exchange, rows_between_ranks, strategy_contenders, ways_of
 from moe_plugin.bench.comm_peers import comm_peer, peer_version
 from moe_plugin.bench.contenders import Accuracy
 from moe_plugin.bench.experts import Sweep, describe, finite, layer_config, machine_facts, status_of
@@ -65,7 +65,10 @@ Report = Callable[[Run, CommCell], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommSweep(Sweep):
-    """As Sweep, with tokens of each of `world` ranks. strategies: PrepareAndFinalize classes by name, or `all`."""
+    """As Sweep, with tokens of each of `world` ranks.
+
+    strategies: PrepareAndFinalize classes by name, with all their ways, or one way as `name:way`; or `all`.
+    """
 
     strategies: tuple[str, ...] = (ALL,)
     world: int = 2
@@ -76,7 +79,10 @@ class CommSweep(Sweep):
         for name in self.peers:
             comm_peer(name)
         known = prepare_finalize_classes.all()
-        for name in self.strategies:
+        for strategy in self.strategies:
+            name, _, way = strategy.partition(":")
+            if name in known and way and way not in ways_of(name):
+                raise ConfigError(f"{name} has no way {way!r}. Known: {', '.join(ways_of(name))}.")
             if name != ALL and name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -91,12 +97,18 @@ class CommSweep(Sweep):
     def command(self) -> str:
         return self.spelled("comm", "--world", str(self.world))
 
+    def ways(self, name: str) -> list[str]:
+        """Those asked for of a class, all where none is named."""
+        named = [strategy.partition(":")[2] for strategy in self.strategies if strategy.partition(":")[0] == name]
+        return ways_of(name) if not all(named) or not named else named
+
     def classes(self, environment: Environment) -> tuple[list[type[PrepareAndFinalize]], dict[str, str]]:
         """The classes to measure, and of those that `all` leaves out the gate that none of the layers passes."""
         known = prepare_finalize_classes.all()
         refusals: dict[str, str] = {}
         if ALL not in self.strategies:
-            return [known[name] for name in self.strategies], refusals
+            names = dict.fromkeys(strategy.partition(":")[0] for strategy in self.strategies)
+            return [known[name] for name in names], refusals
         parallel = ParallelConfig(ep_size=self.world)
         for name, cls in known.items():
             configs = [
@@ -163,7 +175,7 @@ def run_comm_sweep(sweep: CommSweep, report: Report) -> tuple[Run, dict[str, str
     """
     environment = Environment.probe(sweep.device)
     classes, left_out = sweep.classes(environment)
-    contenders = [contender for cls in classes for contender in strategy_contenders(cls)]
+    contenders = [contender for cls in classes for contender in strategy_contenders(cls, sweep.ways(cls.name))]
     contenders += [contender for name in sweep.peers for contender in comm_peer(name)]
     with Ranks(sweep.device, sweep.world) as ranks:
         ceilings, l2_bytes = _ceilings(ranks, sweep.seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,25 +257,34 @@ class Variant:
     transport: str | None = None
 
 
+PLAIN = "plain"
 VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "hybrid_dense_routing": {
-        "": Variant(),
+        PLAIN: Variant(),
         "permute": Variant(PermutedScalingExperts),
         "hybrid_ep": Variant(transport="hybrid_ep"),
-        "hybrid_ep, permute": Variant(PermutedScalingExperts, "hybrid_ep"),
+        "hybrid_ep_permute": Variant(PermutedScalingExperts, "hybrid_ep"),
     }
 }
 """Classes that work in several ways: {name of the class: {way: Variant}}, each a contender. The label is `name (way)`,
-or the name alone where the way is ""."""
+or the name alone where the way is `PLAIN`."""
 
 
-def strategy_contenders(cls: type[PrepareAndFinalize]) -> list[CommContender]:
-    """A PrepareAndFinalize class, in every way it works."""
+def ways_of(name: str) -> list[str]:
+    """Of the class of that name."""
+    return list(VARIANTS.get(name, {PLAIN: Variant()}))
+
+
+def strategy_contenders(cls: type[PrepareAndFinalize], ways: Sequence[str] | None = None) -> list[CommContender]:
+    """A PrepareAndFinalize class in some ways that it works, or in all."""
+    variants = VARIANTS.get(cls.name, {PLAIN: Variant()})
     return [
         CommContender(
-            f"{cls.name} ({way})" if way else cls.name, STRATEGY, functools.partial(StrategyExchange, cls, variant)
+            cls.name if way == PLAIN else f"{cls.name} ({way})",
+            STRATEGY,
+            functools.partial(StrategyExchange, cls, variants[way]),
         )
-        for way, variant in VARIANTS.get(cls.name, {"": Variant()}).items()
+        for way in ways or variants
     ]
 
 

@@ -184,7 +184,8 @@ def comm(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="The dispatching half of strategies, e.g. nccl_all_to_all, or all. Repeat or list by commas."
+            help="The dispatching half of strategies, e.g. nccl_all_to_all, or one way of it, "
+            "hybrid_dense_routing:permute, or all. Repeat or list by commas."
         ),
     ] = None,
     skew: Annotated[str, typer.Option(help=f"How tokens choose experts: {', '.join(SKEWS)}.")] = "uniform",

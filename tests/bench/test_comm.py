@@ -343,7 +343,7 @@ def test_a_class_with_several_ways_makes_several_contenders() -> None:
         name = "hybrid_dense_routing"
 
     names = [contender.name for contender in strategy_contenders(Hybrid)]
-    ways = ["", " (permute)", " (hybrid_ep)", " (hybrid_ep, permute)"]
+    ways = ["", " (permute)", " (hybrid_ep)", " (hybrid_ep_permute)"]
     assert names == [f"hybrid_dense_routing{way}" for way in ways]
     assert [contender.name for contender in strategy_contenders(Local)] == ["local"]
 
