@@ -124,7 +124,8 @@ def fake_quantize(
         group_size = group_size or max(depth, 1)
         grouped = torch.nn.functional.pad(x.float(), (0, -depth % group_size)).unflatten(-1, (-1, group_size))
         amax = grouped.abs().amax(dim=-1, keepdim=True).clamp(min=LEAST_AMAX)
-        values = to_fp8(grouped * (FP8_MAX / amax)).float() * (amax * (1 / FP8_MAX))
+        # A tensor over a tensor: torch divides a number by multiplying it with the reciprocal.
+        values = to_fp8(grouped * (torch.full_like(amax, FP8_MAX) / amax)).float() * (amax * (1 / FP8_MAX))
         return values.flatten(-2)[..., :depth]
     if static_scale is not None:
         return quantize_static(x, static_scale).float() * static_scale

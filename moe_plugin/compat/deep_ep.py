@@ -211,7 +211,7 @@ class SharedBuffer:
         """The last one to leave releases the buffer. A collective: users leave in the same order on all ranks."""
         self._users.discard(user)
         self._captured_users.discard(user)
-        if not self._users:
+        if _nobody_left(self._group, self._users):
             self.release()
 
     @property
@@ -357,6 +357,14 @@ class SharedBuffer:
         if shared and self._clean_for != shape:
             self.raw.clean_low_latency_buffer(shape.max_tokens, shape.hidden_size, shape.num_experts)
         self._clean_for = shape
+
+
+def _nobody_left(group: Any, users: weakref.WeakSet[object]) -> bool:
+    """Whether all ranks have lost all users, who are collected at different times on different ranks. A collective."""
+    gc.collect()
+    counts: list[int] = [0] * group.size()
+    torch.distributed.all_gather_object(counts, len(users), group=group)
+    return not any(counts)
 
 
 class LowLatencyCall:
@@ -511,7 +519,7 @@ class SharedHybridBuffer:
     def leave(self, user: object) -> None:
         """As `SharedBuffer.leave`."""
         self._users.discard(user)
-        if not self._users:
+        if _nobody_left(self._group, self._users):
             self.release()
 
     @property

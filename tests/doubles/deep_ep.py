@@ -700,7 +700,8 @@ def _quantized(x: torch.Tensor, round_scale: bool) -> tuple[torch.Tensor, torch.
     """e4m3 values and fp32 scales of groups of 128, as the low-latency dispatch computes them."""
     grouped = x.float().unflatten(1, (-1, 128))
     largest = grouped.abs().amax(2).clamp(min=FP8_MARGIN)
-    scales, factors = largest * (1 / FP8_MAX), FP8_MAX / largest
+    # A tensor over a tensor: torch divides a number by multiplying it with the reciprocal.
+    scales, factors = largest * (1 / FP8_MAX), torch.full_like(largest, FP8_MAX) / largest
     if round_scale:
         bits = scales.view(torch.int32)
         exponents = (bits >> 23 & 0xFF) - 127 + (bits & 0x7FFFFF != 0).int()
