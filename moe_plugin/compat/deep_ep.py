@@ -194,7 +194,7 @@ class SharedBuffer:
         self._nvl_bytes = self._rdma_bytes = 0
         self._queues, self._depth = 24, 0
         self._shapes: set[LowLatencyShape] = set()
-        self._clean_for: LowLatencyShape | None = None
+        self._clean_for: int | None = None
         self._is_captured = False
         self._in_flight: weakref.WeakSet[LowLatencyCall] = weakref.WeakSet()
         self._pending: _Receive | None = None
@@ -294,8 +294,9 @@ class SharedBuffer:
                 num_qps_per_rank=self._queues,
                 explicitly_destroy=True,
             )
-        # It comes zeroed, which is clean for any shape.
-        self._clean_for = next(iter(self._shapes)) if len(self._shapes) == 1 else None
+        # It comes zeroed, which is clean for one number of experts.
+        numbers = {each.num_experts for each in self._shapes}
+        self._clean_for = numbers.pop() if len(numbers) == 1 else None
 
     def _is_in_use_by_a_graph(self) -> bool:
         """Whether a CUDA graph may hold its address: one that was captured while layers that still exist did."""
@@ -352,11 +353,14 @@ class SharedBuffer:
             self._lends, self._borrower = False, None
 
     def _clean(self, shape: LowLatencyShape) -> None:
-        """Zero the counters of `shape`, which kernels expect so, and leave so for others of that shape alone."""
-        shared = len(self._shapes) > 1 or self._group.size() > NODE_RANKS
-        if shared and self._clean_for != shape:
+        """Zero the counters, which kernels expect so, and leave so for others with as many experts alone.
+
+        They lie at the beginning of the buffer, one for each expert, whatever else a shape says.
+        """
+        shared = len({each.num_experts for each in self._shapes}) > 1 or self._group.size() > NODE_RANKS
+        if shared and self._clean_for != shape.num_experts:
             self.raw.clean_low_latency_buffer(shape.max_tokens, shape.hidden_size, shape.num_experts)
-        self._clean_for = shape
+        self._clean_for = shape.num_experts
 
 
 def _nobody_left(group: Any, users: weakref.WeakSet[object]) -> bool:

@@ -76,8 +76,8 @@ ALIASES: Mapping[str, Alias] = {
     "deepgemm": Alias("local+deep_gemm_hybrid"),
     "nccl": Alias("nccl_all_to_all+triton_fused_moe"),
     "gloo": Alias("nccl_all_to_all+torch_native"),
-    "no_quant_dp_normal_deepgemm": Alias("nccl_all_to_all+deep_gemm_hybrid", _BF16_DEEP_GEMM),
-    "fp8_per_block_ep_normal": Alias("nccl_all_to_all+deep_gemm_hybrid", _FP8_DEEP_GEMM),
+    "no_quant_dp_normal_deepgemm": Alias("deepep_high_throughput+deep_gemm_hybrid", _BF16_DEEP_GEMM),
+    "fp8_per_block_ep_normal": Alias("deepep_high_throughput+deep_gemm_hybrid", _FP8_DEEP_GEMM),
     "fp8_per_block_no_dp": Alias("local+deep_gemm_hybrid", _FP8_DEEP_GEMM),
 }
 """`batched_triton` and the last three are RTP-LLM's names. Its `normal` is dispatch from the ranks that own the tokens,

@@ -9,9 +9,13 @@ from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.experts.layout_tables import TRITON_FUSED_MOE, describe_rule, measured_gain
 from moe_plugin.prepare_finalize.hybrid_dense_routing import HybridDenseRouting
+from moe_plugin.strategies.comm_times import HIGH_THROUGHPUT, HYBRID, LOW_LATENCY, NCCL, measured_cell
+from moe_plugin.strategies.registry import prepare_finalize_classes
 from moe_plugin.verdict import Gate
 
 AutoGate = Callable[[MoEConfig, Environment], Gate]
+UNMEASURED = (HYBRID, NCCL)
+"""Dispatchers that `auto` may take where nobody has measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,35 @@ def nvlink(config: MoEConfig, environment: Environment) -> Gate:
     )
 
 
+def fastest(dispatcher: str) -> AutoGate:
+    """Of the dispatchers that run here, the one that was measured to take least on as many rows; see `comm_times`.
+
+    Where nothing was measured it is left to the order of the table, and to those that need nothing to be installed.
+    """
+
+    def gate(config: MoEConfig, environment: Environment) -> Gate:
+        name, needs = "measured (auto only)", "the shortest dispatch and combine of those that run here"
+        cell = measured_cell(config, environment)
+        if cell is None or dispatcher not in cell.times:
+            where = f"{config.parallel.ep_size} ranks of {environment.device_name or environment.device_type}"
+            return Gate(name, dispatcher in UNMEASURED, f"no times for {where}", needs, "moe-plugin bench comm")
+        faster = [
+            other
+            for other, time in cell.times.items()
+            if time < cell.times[dispatcher] and _runs(other, config, environment)
+        ]
+        seen = cell.describe(dispatcher) + "".join(f"; {other} {cell.times[other]:.0f} us" for other in faster)
+        return Gate(name, not faster, seen, needs, "an explicit request needs no measurement")
+
+    return gate
+
+
+def _runs(dispatcher: str, config: MoEConfig, environment: Environment) -> bool:
+    if dispatcher == HYBRID and not nvlink(config, environment).ok:
+        return False
+    return prepare_finalize_classes.all()[dispatcher].supports(config, environment).ok
+
+
 def all_of(*gates: AutoGate) -> AutoGate:
     """The first of `gates` that fails, else the last."""
 
@@ -83,18 +116,54 @@ RANKING: tuple[RankedStrategy, ...] = (
     RankedStrategy("local+torch_native", "every expert is on this rank; torch's grouped matmul runs on any device"),
     RankedStrategy(
         "hybrid_dense_routing+deep_gemm_hybrid",
-        "rows go straight into peers' memory over NVLink, and DeepGEMM's GEMMs were measured to be faster",
-        auto_gate=all_of(nvlink, measured_faster),
+        "rows go straight into peers' memory over NVLink, the fastest measured on 4 H200 and up to 512 rows on 2; and "
+        "DeepGEMM's GEMMs were measured to be faster",
+        auto_gate=all_of(nvlink, fastest(HYBRID), measured_faster),
     ),
     RankedStrategy(
         "hybrid_dense_routing+triton_fused_moe",
-        "rows go straight into peers' memory over NVLink and nothing waits for the host, fused kernels in between",
-        auto_gate=all_of(nvlink, compiled_triton),
+        "rows go straight into peers' memory over NVLink and nothing waits for the host: the fastest measured on 4 "
+        "H200 and up to 512 rows on 2",
+        auto_gate=all_of(nvlink, fastest(HYBRID), compiled_triton),
     ),
     RankedStrategy(
         "hybrid_dense_routing+torch_native",
         "rows go straight into peers' memory over NVLink; torch's grouped matmul runs on any device",
-        auto_gate=nvlink,
+        auto_gate=all_of(nvlink, fastest(HYBRID)),
+    ),
+    RankedStrategy(
+        "deepep_high_throughput+deep_gemm_hybrid",
+        "DeepEP's kernels, where they were measured to be the fastest that run: 4096 rows and more on 4 H200 without "
+        "hybrid_dense_routing; and DeepGEMM's GEMMs were measured to be faster",
+        auto_gate=all_of(fastest(HIGH_THROUGHPUT), measured_faster),
+    ),
+    RankedStrategy(
+        "deepep_high_throughput+triton_fused_moe",
+        "DeepEP's kernels, where they were measured to be the fastest that run: 4096 rows and more on 4 H200 without "
+        "hybrid_dense_routing",
+        auto_gate=all_of(fastest(HIGH_THROUGHPUT), compiled_triton),
+    ),
+    RankedStrategy(
+        "deepep_high_throughput+torch_native",
+        "DeepEP's kernels, where they were measured to be the fastest that run; torch's grouped matmul",
+        auto_gate=fastest(HIGH_THROUGHPUT),
+    ),
+    RankedStrategy(
+        "deepep_low_latency+deep_gemm_hybrid",
+        "DeepEP's kernels, where they were measured to be the fastest that run: about 8 rows on H200 without "
+        "hybrid_dense_routing; and DeepGEMM's GEMMs were measured to be faster",
+        auto_gate=all_of(fastest(LOW_LATENCY), measured_faster),
+    ),
+    RankedStrategy(
+        "deepep_low_latency+triton_fused_moe",
+        "DeepEP's kernels, where they were measured to be the fastest that run: about 8 rows on H200 without "
+        "hybrid_dense_routing",
+        auto_gate=all_of(fastest(LOW_LATENCY), compiled_triton),
+    ),
+    RankedStrategy(
+        "deepep_low_latency+torch_native",
+        "DeepEP's kernels, where they were measured to be the fastest that run; torch's grouped matmul",
+        auto_gate=fastest(LOW_LATENCY),
     ),
     RankedStrategy(
         "nccl_all_to_all+deep_gemm_hybrid",

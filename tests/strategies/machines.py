@@ -34,7 +34,7 @@ DEEP_EP_STRATEGIES = tuple(
     for mode in ("high_throughput", "low_latency")
     for experts in ("deep_gemm_hybrid", "triton_fused_moe", "torch_native")
 )
-"""Built in, and not in the ranking table."""
+"""Those that need DeepEP."""
 MEASURED = "GPU with a layout table"
 """Name of a device; conftest.py keeps a table for it and `layer_config()`, by which DeepGEMM wins at some sizes."""
 

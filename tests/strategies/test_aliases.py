@@ -16,7 +16,7 @@ from moe_plugin.strategies.aliases import ALIASES, Alias
 from moe_plugin.strategies.report import Entry, SelectionReport
 from moe_plugin.strategies.selector import explain, parse_strategy, select, strategy_names
 from moe_plugin.verdict import Gate
-from tests.strategies.machines import CPU, MEASURED, TRITON, deep_gemm_with, gpu, layer_config
+from tests.strategies.machines import CPU, MEASURED, TRITON, WITH_DEEP_EP, deep_gemm_with, gpu, layer_config
 
 BF16 = "no_quant_dp_normal_deepgemm"
 FP8_EP = "fp8_per_block_ep_normal"
@@ -27,6 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     FP8_LOCAL: {"hidden_size": 128, "quantization": Fp8Block()},
 }
 """The names with gates of their own, and a layer that each can run."""
+WITH_ALL = gpu(90, packages=WITH_DEEP_EP)
 GATES = ["moe_strategy", "dtype", "quantization", "symbols", "sm", "cuda_graph"]
 
 
@@ -65,17 +66,18 @@ def test_a_plain_name_changes_nothing_but_what_was_requested(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_gates_of_a_name_come_first_in_order_and_pass(name: str, cuda_graph: bool) -> None:
     config = layer_config(**LAYERS[name], cuda_graph=cuda_graph)
-    report = select(config, name, gpu(90))
+    report = select(config, name, WITH_ALL)
     entry = entry_of(report)
     assert report.requested == name
     assert set(report.chosen.values()) == {ALIASES[name].strategy}
     first = entry.verdict.gates[: len(GATES)]
     assert [gate.name for gate in first] == GATES
-    # The rule for graphs is that of the pair; the rest is asked by the name.
-    assert [gate.part for gate in first] == [name] * 5 + ["deep_gemm_hybrid"]
+    # The rule for graphs is that of the pair, of the dispatcher where it has one; the rest is asked by the name.
+    asks = "deep_gemm_hybrid" if name == FP8_LOCAL else "deepep_high_throughput"
+    assert [gate.part for gate in first] == [name] * 5 + [asks]
     assert str(first[0]) == f"{name}.moe_strategy: {name}"
     # What the pair asks is all there, after it.
-    own = entry_of(explain(config, ALIASES[name].strategy, gpu(90))).verdict.gates
+    own = entry_of(explain(config, ALIASES[name].strategy, WITH_ALL)).verdict.gates
     assert set(entry.verdict.gates[len(GATES) - 1 :]) == set(own)
     assert f"pass {first[0]}" in report.text(width=400)
     gates = next(e for e in json.loads(report.json())["strategies"]["decode"] if e["strategy"] == entry.strategy)
@@ -116,7 +118,7 @@ REFUSED: dict[str, tuple[str, Environment, dict[str, Any], str, str]] = {
     "fp8: SM 89": (FP8_LOCAL, gpu(89), {}, "sm", "needs SM 90 or newer, saw SM 89"),
     # The name's gates pass, and one of the pair's does not.
     "the pair: ep_size": (FP8_LOCAL, gpu(90), {"ep_size": 2}, "ep_size", "needs 1"),
-    "the pair: nvcc": (BF16, gpu(90, nvcc=False), {}, "jit compiler", "jit compiler: needs"),
+    "the pair: nvcc": (BF16, gpu(90, nvcc=False, packages=WITH_DEEP_EP), {}, "jit compiler", "jit compiler: needs"),
 }
 
 
@@ -169,7 +171,7 @@ def test_the_gates_of_a_name_are_on_its_strategy_alone() -> None:
 
 def test_each_phase_has_the_gates_of_its_own_name() -> None:
     config = layer_config(**LAYERS[BF16], cuda_graph=True)
-    report = select(config, f"decode={BF16},prefill=nccl", gpu(90))
+    report = select(config, f"decode={BF16},prefill=nccl", WITH_ALL)
     assert report.requested == f"decode={BF16},prefill=nccl"
     assert report.chosen == {"decode": ALIASES[BF16].strategy, "prefill": ALIASES["nccl"].strategy}
     asked = {
@@ -177,7 +179,7 @@ def test_each_phase_has_the_gates_of_its_own_name() -> None:
         for phase, entries in report.entries.items()
     }
     assert asked == {"decode": [ALIASES[BF16].strategy], "prefill": []}
-    both = select(config, f"decode={BF16},prefill={ALIASES[BF16].strategy}", gpu(90))
+    both = select(config, f"decode={BF16},prefill={ALIASES[BF16].strategy}", WITH_ALL)
     graph_gates = [
         next(gate for gate in entry_of(both, phase).verdict.gates if gate.name == "cuda_graph")
         for phase in ("decode", "prefill")

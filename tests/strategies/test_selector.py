@@ -16,11 +16,30 @@ from moe_plugin.strategies.report import SelectionReport
 from moe_plugin.strategies.selector import explain, select, strategy_names
 from moe_plugin.verdict import Gate
 from tests.matrix.third_party import BatchedLocal, LoopExperts, OracleMonolith, register
-from tests.strategies.machines import CPU, DEEP_EP_STRATEGIES, INTERPRETER, MEASURED, TRITON, gpu, layer_config
+from tests.strategies.machines import (
+    CPU,
+    DEEP_EP_STRATEGIES,
+    INTERPRETER,
+    MEASURED,
+    TRITON,
+    WITH_DEEP_EP,
+    gpu,
+    layer_config,
+)
 
 BUILT_IN = [row.strategy for row in RANKING]
 # What `auto` takes on one rank: DeepGEMM where a table says so, then Triton, then torch.
 HYBRID, TRITON_PAIR, TORCH_PAIR = BUILT_IN[:3]
+
+
+WITH_ALL = gpu(90, packages=WITH_DEEP_EP)
+
+
+def layer_for(strategy: str) -> MoEConfig:
+    """One that the strategy can run: over ranks and with a hidden size of DeepEP's, where that is what it wants."""
+    if strategy in DEEP_EP_STRATEGIES:
+        return layer_config(ep_size=8, hidden_size=2048, max_tokens_per_rank=256)
+    return layer_config()
 
 
 def ranking(*rows: RankedStrategy) -> tuple[RankedStrategy, ...]:
@@ -29,14 +48,14 @@ def ranking(*rows: RankedStrategy) -> tuple[RankedStrategy, ...]:
 
 
 def test_the_ranking_table_holds_every_built_in_strategy_once_with_a_reason() -> None:
-    assert strategy_names() == [*BUILT_IN, *DEEP_EP_STRATEGIES]
+    assert strategy_names() == BUILT_IN
     assert len(set(BUILT_IN)) == len(BUILT_IN)
     assert all(row.reason for row in RANKING)
 
 
 @pytest.mark.parametrize("strategy", BUILT_IN)
 def test_an_explicit_choice_is_taken(strategy: str) -> None:
-    report = select(layer_config(), strategy, gpu(90))
+    report = select(layer_for(strategy), strategy, WITH_ALL)
     assert dict(report.chosen) == {"decode": strategy, "prefill": strategy}
     assert not report.is_phased
 
@@ -147,7 +166,7 @@ def test_auto_follows_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(
             selector, "RANKING", (RankedStrategy(first, "moved up"), *(r for r in RANKING if r.strategy != first))
         )
-        report = select(layer_config(), "auto", gpu(90))
+        report = select(layer_for(first), "auto", WITH_ALL)
         assert report.chosen["decode"] == first
         assert "moved up" in report.line()
 
@@ -204,7 +223,7 @@ def test_unknown_name() -> None:
 def test_third_party_classes_stand_in_the_table() -> None:
     register()
     assert strategy_names()[: len(BUILT_IN)] == BUILT_IN
-    assert set(strategy_names()[len(BUILT_IN) :]) - {*DEEP_EP_STRATEGIES} == {
+    assert set(strategy_names()[len(BUILT_IN) :]) == {
         "deepep_high_throughput+loop",
         "deepep_low_latency+loop",
         "local+loop",

@@ -295,7 +295,7 @@ def test_host_synchronizations_of_an_eager_call(sm: int, expected: tuple[int, ..
     assert [seen[strategy] for strategy in STRATEGIES] == list(expected)
 
 
-DEEP_EP_LAYER: dict[str, Any] = {"ep_size": 8, "hidden_size": 2048}
+DEEP_EP_LAYER: dict[str, Any] = {"ep_size": 8, "hidden_size": 2048, "max_tokens_per_rank": 256}
 DEEP_EP_TABLE: dict[str, tuple[Environment, dict[str, Any], tuple[str, ...]]] = {
     "sm90": (gpu(90, packages=WITH_DEEP_EP), {}, (ASKED,) * 6),
     "sm100 fp8 block": (gpu(100, packages=WITH_DEEP_EP), {"quantization": Fp8Block()}, (ASKED,) * 6),
