@@ -16,7 +16,7 @@ from moe_plugin.strategies.names import PHASES
 from moe_plugin.strategies.ranking import RANKING, UNRANKED
 from moe_plugin.strategies.selector import explain, strategy_names
 
-_HIDDEN_SIZE = 2048
+_HIDDEN_SIZE, _MAX_TOKENS = 2048, 256
 START, END = "<!-- strategy-table:start -->", "<!-- strategy-table:end -->"
 
 
@@ -40,6 +40,7 @@ def strategy_table() -> str:
                 num_experts=8,
                 top_k=2,
                 hidden_size=_HIDDEN_SIZE,
+                max_tokens_per_rank=_MAX_TOKENS,
                 intermediate_size=64,
                 parallel=ParallelConfig(ep_size=ep_size),
                 cuda_graph=cuda_graph,
