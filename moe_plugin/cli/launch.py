@@ -16,6 +16,7 @@ import torch.distributed as dist
 import typer
 
 import moe_plugin
+from moe_plugin.compat import deep_ep
 from moe_plugin.config import ParallelConfig
 from moe_plugin.errors import ConfigError, MissingPackageError, MoEPluginError
 
@@ -100,6 +101,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         raise ConfigError(f"WORLD_SIZE is {size}, but the ranks cannot meet: {problem}") from problem
     yield Ranks(dist.get_rank(), size, place, requests, steps)
     # Not after an error: the others may be gone, and there is nothing left to wait for.
+    deep_ep.release_buffers()
     dist.destroy_process_group()
 
 

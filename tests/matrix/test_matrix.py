@@ -1,9 +1,9 @@
 """Every registered strategy x dtype x number of ranks x row of the behaviour matrix.
 
 What a gate refuses is skipped with the gate's reason. Where there is no GPU, Triton's interpreter would make the whole
-product take an hour: its strategies then run every row in bf16 on one and two ranks, the rows named below in every
-dtype on one and two and in bf16 on more, and one row in every dtype on every number of ranks. On GPUs everything runs.
-fp8 rows exist in bf16 alone.
+product take an hour: its strategies then run every row in bf16, without dispatch on one rank and with it on two, the
+rows named below in every dtype on one and two and in bf16 on more, and one row in every dtype on every number of ranks.
+On GPUs everything runs. fp8 rows exist in bf16 alone.
 
 Without a GPU hybrid_dense_routing moves rows over torch.distributed. What experts do with rows that were dispatched is
 the same behind it as behind nccl_all_to_all, so with interpreted experts a few of its rows are enough.
@@ -63,7 +63,8 @@ def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
     if interpreted and (dtype != torch.bfloat16 or num_ranks > 2):
         return INTERPRETED_ROWS if dtype == torch.bfloat16 or num_ranks < 3 else ["top_k_2"]
     if interpreted and not strategy.startswith("local+"):
-        return [name for name in names if name not in INTERPRETED_ONCE]
+        # On one rank dispatch is a copy, and `local` has shown what experts do with the rows.
+        return INTERPRETED_ROWS if num_ranks == 1 else [name for name in names if name not in INTERPRETED_ONCE]
     return names
 
 
