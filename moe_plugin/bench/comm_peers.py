@@ -4,8 +4,8 @@
     deep_ep (high throughput)    DeepEP's Buffer: layout, dispatch and combine
     deep_ep (low latency)        its low_latency_dispatch and low_latency_combine
 
-Calls follow DeepEP V1.2, on a buffer made and sized as for our own classes. In fp8, nccl_raw and high throughput are given rows that were quantized beforehand; low
-latency quantizes them itself.
+Calls follow DeepEP V1.2 on a buffer made and sized as for our own classes. In fp8, nccl_raw and high throughput are
+given rows that were quantized beforehand; low latency quantizes them itself.
 """
 
 from __future__ import annotations

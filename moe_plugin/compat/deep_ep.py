@@ -1,7 +1,7 @@
 """DeepEP, if it is installed: what it has, and the one buffer of a process group that its classes share.
 
-Built with NVSHMEM it looks for network cards when it starts; on a machine without any it is told that there are none,
-unless the environment says something else.
+Built with NVSHMEM it looks for network cards when it starts, and V2 has NCCL look for them; on a machine without any
+both are told that there are none, unless the environment says something else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -120,6 +120,7 @@ def _features(module: ModuleType) -> frozenset[str]:
 def _import() -> ModuleType:
     if not _has_network_cards():
         os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+        os.environ.setdefault("EP_DISABLE_GIN", "1")
     return importlib.import_module(PACKAGE)
 
 
@@ -134,6 +135,13 @@ def _version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return str(getattr(sys.modules.get(PACKAGE), "__version__", "unknown"))
+
+
+def uses_elastic(package: Package) -> bool:
+    """Whether `package` is DeepEP V2, where ElasticBuffer is the high-throughput interface and Buffer is kept for old
+    callers and the low-latency kernels.
+    """
+    return "ElasticBuffer" in package.features
 
 
 def low_latency_hidden_sizes(package: Package) -> tuple[int, ...]:
@@ -179,11 +187,11 @@ class LowLatencyShape:
     num_experts: int
 
 
-class SharedBuffer:
-    """DeepEP's `Buffer` of one process group: for every layer and both modes, made when the first layer needs it.
+class GroupBuffer:
+    """A buffer of one process group that all its layers share, made when the first of them needs it.
 
-    `raw` is the Buffer. It grows while layers are built, which replaces it; layers therefore ask for it in every call.
-    What calls must know of each other in the two halves of the low-latency buffer is kept here.
+    `raw` is that of DeepEP. It grows while layers are built, which replaces it; layers therefore ask for it in every
+    call.
     """
 
     def __init__(self, group: Any) -> None:
@@ -191,17 +199,8 @@ class SharedBuffer:
         self._users: weakref.WeakSet[object] = weakref.WeakSet()
         self._captured_users: weakref.WeakSet[object] = weakref.WeakSet()
         self._raw: Any = None
-        self._nvl_bytes = self._rdma_bytes = 0
-        self._queues, self._depth = 24, 0
-        self._shapes: set[LowLatencyShape] = set()
-        self._clean_for: int | None = None
         self._is_captured = False
-        self._in_flight: weakref.WeakSet[LowLatencyCall] = weakref.WeakSet()
-        self._pending: _Receive | None = None
-        self._borrower: LowLatencyCall | None = None
-        self._lends = True
         self._may_capture = torch.cuda.is_available()
-        self.num_low_latency_calls = 0
 
     def join(self, user: object) -> None:
         """Count `user` among those for whom the buffer is kept, until it leaves or is no more."""
@@ -216,13 +215,46 @@ class SharedBuffer:
 
     @property
     def raw(self) -> Any:
-        """The Buffer. Raises HandleError once it was released."""
+        """That of DeepEP. Raises HandleError once it was released."""
         if self._raw is None:
             raise HandleError("the DeepEP buffer of this group was released; build the layer again")
         if self._may_capture and torch.cuda.is_current_stream_capturing():
             self._is_captured = True
             self._captured_users.update(self._users)
         return self._raw
+
+    def _is_in_use_by_a_graph(self) -> bool:
+        """Whether a CUDA graph may hold its address: one that was captured while layers that still exist did."""
+        if self._is_captured:
+            gc.collect()  # so that all ranks find the same layers
+        return self._is_captured and bool(self._captured_users)
+
+    def release(self) -> None:
+        """Give the memory back. A collective; layers that use it raise HandleError from then on."""
+        if self._raw is not None:
+            self._captured_users.clear()
+            raw, self._raw = self._raw, None
+            self._is_captured = False
+            raw.destroy()
+
+
+class SharedBuffer(GroupBuffer):
+    """DeepEP's `Buffer` of one process group, for both modes.
+
+    What calls must know of each other in the two halves of the low-latency buffer is kept here.
+    """
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self._nvl_bytes = self._rdma_bytes = 0
+        self._queues, self._depth = 24, 0
+        self._shapes: set[LowLatencyShape] = set()
+        self._clean_for: int | None = None
+        self._in_flight: weakref.WeakSet[LowLatencyCall] = weakref.WeakSet()
+        self._pending: _Receive | None = None
+        self._borrower: LowLatencyCall | None = None
+        self._lends = True
+        self.num_low_latency_calls = 0
 
     @property
     def num_bytes(self) -> int:
@@ -298,21 +330,11 @@ class SharedBuffer:
         numbers = {each.num_experts for each in self._shapes}
         self._clean_for = numbers.pop() if len(numbers) == 1 else None
 
-    def _is_in_use_by_a_graph(self) -> bool:
-        """Whether a CUDA graph may hold its address: one that was captured while layers that still exist did."""
-        if self._is_captured:
-            gc.collect()  # so that all ranks find the same layers
-        return self._is_captured and bool(self._captured_users)
-
     def release(self) -> None:
-        """Give the memory back. A collective; layers that use it raise HandleError from then on."""
         if self._raw is not None:
-            self._captured_users.clear()
-            raw, self._raw = self._raw, None
             self._in_flight.clear()
             self._pending = self._borrower = None
-            self._is_captured = False
-            raw.destroy()
+        super().release()
 
     def start_low_latency(self, shape: LowLatencyShape) -> LowLatencyCall:
         """To be called before a low-latency dispatch; `LowLatencyCall.end` after its combine was launched.
@@ -470,6 +492,99 @@ def shared_buffer(group: Any) -> SharedBuffer:
 
 
 @dataclass(frozen=True, slots=True)
+class ElasticShape:
+    """What an ElasticBuffer is made for; the same on all ranks.
+
+    max_tokens: of a rank in one call. hidden_size: H, in bf16, which any other row is smaller than. top_k: K.
+    timeout_seconds: how long a rank waits for others. num_nodes: over which the ranks are spread alike.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    top_k: int
+    timeout_seconds: int
+    num_nodes: int = 1
+
+    def joined(self, other: ElasticShape) -> ElasticShape:
+        """What serves calls of both."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return ElasticShape(*(max(pair) for pair in pairs))
+
+    def num_bytes(self, num_ranks: int) -> int:
+        """Of device memory that the buffer takes, without asking DeepEP.
+
+        Source: `ElasticBuffer::calculate_buffer_size` of csrc/elastic/buffer.hpp and the layouts of its
+        include/deep_ep/common/layout.cuh.
+        """
+        most, top_k, nodes = self.max_tokens, self.top_k, self.num_nodes
+        local = num_ranks // nodes
+        sent = _aligned(2 * self.hidden_size, 32) + _aligned(12 * top_k + 4, 32)
+        returned = _aligned(2 * self.hidden_size, 32) + _aligned(8 * top_k, 32)
+        if nodes == 1:
+            dispatch, combine = num_ranks * most * sent, min(num_ranks, top_k) * most * returned
+        else:
+            in_channels = most + _ELASTIC_CHANNELS
+            dispatch = (local * nodes * most + most + nodes * in_channels) * sent
+            combine = (min(local, top_k) * nodes * most + min(nodes, top_k) * most + nodes * in_channels) * returned
+        return _aligned(max(dispatch, combine), _ELASTIC_UNIT) + _ELASTIC_WORKSPACE
+
+
+_ELASTIC_UNIT = 2 << 20
+_ELASTIC_CHANNELS = 1280
+_ELASTIC_WORKSPACE = 14 << 20
+"""Bytes of counters and signals, for up to 1024 ranks with 1024 channels each."""
+
+
+def _aligned(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+class SharedElasticBuffer(GroupBuffer):
+    """DeepEP's `ElasticBuffer` of one process group."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self._shape: ElasticShape | None = None
+
+    def reserve(self, shape: ElasticShape) -> None:
+        """Make room for calls of `shape`. A collective, with the same shape.
+
+        Raises ConfigError when the buffer would have to be replaced after a CUDA graph has captured it.
+        """
+        wanted = shape if self._shape is None else self._shape.joined(shape)
+        if self._raw is not None and wanted == self._shape:
+            return
+        if self._raw is not None and self._is_in_use_by_a_graph():
+            raise ConfigError(
+                f"the DeepEP buffer for {self._shape} is in a CUDA graph and cannot become one for {wanted}; build all "
+                "layers before capturing, the largest first"
+            )
+        self.release()
+        self._shape = wanted
+        # It takes over the communicator of torch, which makes one when it first needs it.
+        torch.distributed.barrier(group=self._group)
+        self._raw = library().ElasticBuffer(
+            self._group,
+            num_max_tokens_per_rank=wanted.max_tokens,
+            hidden=wanted.hidden_size,
+            num_topk=wanted.top_k,
+            # Its way over nodes; inside of one it is not asked to make connections for that.
+            allow_hybrid_mode=wanted.num_nodes > 1,
+            num_cpu_timeout_secs=wanted.timeout_seconds,
+            num_gpu_timeout_secs=wanted.timeout_seconds,
+            explicitly_destroy=True,
+        )
+
+
+_elastic_buffers: dict[str, SharedElasticBuffer] = {}
+
+
+def shared_elastic_buffer(group: Any) -> SharedElasticBuffer:
+    """The ElasticBuffer of a process group."""
+    return _elastic_buffers.setdefault(group.group_name, SharedElasticBuffer(group))
+
+
+@dataclass(frozen=True, slots=True)
 class HybridShape:
     """What a HybridEPBuffer is made for; the same on all ranks.
 
@@ -588,6 +703,9 @@ def release_buffers() -> None:
     for buffer in _buffers.values():
         buffer.release()
     _buffers.clear()
+    for elastic_buffer in _elastic_buffers.values():
+        elastic_buffer.release()
+    _elastic_buffers.clear()
     for buffers in _hybrid_buffers.values():
         for hybrid_buffer in buffers:
             hybrid_buffer.release()

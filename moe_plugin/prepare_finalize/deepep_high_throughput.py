@@ -3,22 +3,23 @@
 Dispatch
  1. Rows whose experts compute on fp8 and take it so are quantized before they travel, with their scales; all others
     travel in bf16 and are quantized by the experts. Rows are padded with zeros to a multiple of 512 bytes.
- 2. One launch looks ids up in the placement table and makes the layout that DeepEP wants (`kernels/dispatch_layout`).
-    Flags of errors travel with the counts in it.
- 3. DeepEP's dispatch. The host waits for the counts, which say how much memory to take, whether some rank has raised
-    a flag, in which case all raise together, and how many pairs each expert has got.
+ 2. One launch looks ids up in the placement table and makes what DeepEP wants to know of the routing. Flags of errors
+    travel ahead of the rows, or with the counts of them.
+ 3. DeepEP's dispatch. The host waits for the counts, which say how much memory to take and how many pairs each expert
+    has got. Where some rank has raised a flag, all raise together.
 
 Combine sums the ranks' rows of a token, without weights: the experts have applied them. It takes and gives bf16.
 
-With `cuda_graph=True` DeepEP is told the most rows that can arrive, one from every token of every rank, and nothing
-waits for the host. Rows that nobody has sent carry ids of -1. Flags then stay on the device, and the ranks tell each
-other of them at the next host point, `check_errors`.
+With `cuda_graph=True` there is memory for the most rows that can arrive, one from every token of every rank, and
+nothing waits for the host. Rows that nobody has sent carry ids of -1. Flags then stay on the device, and the ranks tell
+each other of them at the next host point, `check_errors`.
 
 The asynchronous halves run on DeepEP's own stream between events: it waits for what the current stream has done so far,
 and the receiver makes the current stream wait for it. Everything about a call travels in its handle, so that any number
 of calls may be between the two.
 
-DeepEP itself gives up on a rank that does not come after a time that it was compiled with, 100 s as released.
+DeepEP itself gives up on a rank that does not come. V1 does after a time that it was compiled with, 100 s as released;
+V2 after the longest time limit of the layers of the group. What differs between the two is in `deepep_exchange`.
 
 With EP + TP every TP rank runs the exchange in its own EP group, and the partial sums are added over the TP group; TP
 ranks must be called with the same arguments.
@@ -39,15 +40,8 @@ from moe_plugin.compat import deep_ep
 from moe_plugin.config import MoEConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import ConfigError, HandleError, InputError
-from moe_plugin.kernels.dispatch_layout import (
-    DispatchLayout,
-    dispatch_layout,
-    dispatch_layout_launches,
-    error_count,
-    single_launch,
-)
 from moe_plugin.kernels.launch_sequence import LaunchSequence, one_object
-from moe_plugin.kernels.placement_lookup import LookupTables, uses_triton
+from moe_plugin.kernels.placement_lookup import uses_triton
 from moe_plugin.modular_kernel import (
     Dispatched,
     DispatchHandle,
@@ -57,26 +51,17 @@ from moe_plugin.modular_kernel import (
     RouterWeightStage,
 )
 from moe_plugin.prepare_finalize.communicator import Communicator
-from moe_plugin.prepare_finalize.deferred_errors import ErrorFlag, flags_of_all, raise_together
+from moe_plugin.prepare_finalize.deepep_exchange import Exchange, Rows, exchange_class, pair_bytes, row_width
+from moe_plugin.prepare_finalize.deferred_errors import flags_of_all, raise_together
 from moe_plugin.prepare_finalize.local import weigh_input
 from moe_plugin.quantization import FP8_DTYPE, dispatched_groups, input_group_size, quantize_rows
-from moe_plugin.verdict import Gate, Verdict, gate_cuda_graph, gate_dtype, gate_package
+from moe_plugin.verdict import Gate, Verdict, gate_dtype, gate_package
 from moe_plugin.workspace import Workspace, WorkspaceArena
-
-ROW_UNIT = 512
-"""Bytes: DeepEP's copies go by warps of 32 lanes and 16 bytes."""
-MAX_ROW_BYTES = 16352
-"""Half a row and a barrier stand in the 8 KiB of shared memory that its dispatch gives a warp."""
-NODE_SIZES = (2, 4, 8)
-"""Ranks of a node that its kernels are compiled for; between nodes 8 of each."""
-MAX_RANKS = 160
-MAX_LOCAL_EXPERTS, MAX_TOP_K = 128, 32
-"""Of its kernels: experts of a rank are counted by a thread each, of 128."""
 
 
 @dataclass(slots=True)
 class DeepEPHandle(DispatchHandle):
-    """raw: DeepEP's own handle. buffer: its Buffer that made it."""
+    """raw: DeepEP's own handle. buffer: its buffer that made it."""
 
     raw: Any
     buffer: Any
@@ -95,94 +80,41 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         self._tp = Communicator(parallel.tp_group, parallel.tp_size, parallel.tp_rank, parallel.timeout_seconds)
         # TP ranks get the same arguments and so have the same errors: each EP group raises for itself.
         self._no_tp = Communicator(None, 1, 0, parallel.timeout_seconds)
-        self._tables = LookupTables.of(config.expert_placement.tables(device))
         self._use_triton = uses_triton(device)
-        self._slots = _slots_per_rank(config)
-        self._id_dtype = getattr(deep_ep.library(), "topk_idx_t", torch.int64)
         self._flags = torch.zeros(1, dtype=torch.int32, device=device)
-        self._row_width = _row_width(config.hidden_size, config.dtype)
+        self._exchange: Exchange = exchange_class(deep_ep.probe())(config, self._ep, device, self._flags)
+        self._row_width = row_width(config.hidden_size, config.dtype)
         self._groups = 0
         self._calls = 0
-        self._buffer = deep_ep.shared_buffer(parallel.ep_group)
-        self._dispatch_config, self._combine_config = deep_ep.high_throughput_configs(
-            parallel.ep_size, config.dispatch_num_sms
-        )
 
     def accommodate(self, experts: type[Experts]) -> None:
-        config = self.config
+        config, most = self.config, self._exchange.max_row_bytes
         self._groups = dispatched_groups(config.quantization, config.hidden_size) if experts.takes_quantized else 0
         sent = FP8_DTYPE if self._groups else config.dtype
-        row_bytes = _row_width(config.hidden_size, sent) * sent.itemsize
-        if row_bytes > MAX_ROW_BYTES:
+        row_bytes = row_width(config.hidden_size, sent) * sent.itemsize
+        if row_bytes > most:
             raise ConfigError(
-                f"{self.name} sends rows of at most {MAX_ROW_BYTES} bytes, and those of hidden_size "
-                f"{config.hidden_size} have {row_bytes} on their way to {experts.name}"
+                f"{self.name} sends rows of at most {most} bytes, and those of hidden_size {config.hidden_size} have "
+                f"{row_bytes} on their way to {experts.name}"
             )
-        self._buffer.join(self)
-        self._buffer.reserve_high_throughput(self._row_width * config.dtype.itemsize, config.dispatch_num_sms)
+        self._exchange.join(self)
+        self._exchange.reserve(self._row_width)
 
     @classmethod
     def supports(cls, config: MoEConfig, environment: Environment) -> Verdict:
-        parallel, slots = config.parallel, _slots_per_rank(config)
         package = environment.package(deep_ep.PACKAGE)
-        in_one_node = parallel.ep_size in NODE_SIZES
-        sizes = ", ".join(map(str, NODE_SIZES))
-        between = parallel.ep_size % deep_ep.NODE_RANKS == 0 and parallel.ep_size <= MAX_RANKS
-        nodes = max(parallel.ep_size // deep_ep.NODE_RANKS, 1)
-        sm = "no CUDA device" if environment.sm is None else f"SM {environment.sm}"
-        why_not = "the host waits for the counts of received rows"
-        if not in_one_node and between:
-            why_not += ", and DeepEP can do without only inside a node"
-        elif "num_worst_tokens" not in package.features:
-            why_not += ", and the installed DeepEP has no num_worst_tokens"
+        exchange = exchange_class(package)
         return Verdict.of(
             gate_dtype(config, torch.bfloat16),
             gate_package(environment, deep_ep.PACKAGE, deep_ep.INSTALL),
-            Gate("Buffer", "Buffer" in package.features, package.describe(), "DeepEP's Buffer", deep_ep.INSTALL),
             Gate(
-                "sm",
-                "cpu" in package.features or (environment.sm or 0) >= 80,
-                sm,
-                "SM 80 or newer, SM 90 as DeepEP is built by default",
+                exchange.interface,
+                exchange.interface in package.features,
+                package.describe(),
+                f"DeepEP's {exchange.interface}",
+                deep_ep.INSTALL,
             ),
-            Gate(
-                "ep_size",
-                in_one_node or between,
-                str(parallel.ep_size),
-                f"{sizes}, or nodes of {deep_ep.NODE_RANKS} ranks, up to {MAX_RANKS} in all",
-            ),
-            Gate(
-                "num_nodes",
-                parallel.num_nodes in (1, nodes),
-                f"{parallel.num_nodes} for ep_size {parallel.ep_size}",
-                f"{nodes}: DeepEP takes {deep_ep.NODE_RANKS} consecutive ranks for a node",
-            ),
-            Gate(
-                "num_experts",
-                slots <= MAX_LOCAL_EXPERTS,
-                f"{slots} on a rank",
-                f"at most {MAX_LOCAL_EXPERTS} on a rank",
-            ),
-            Gate(
-                "max_tokens_per_rank",
-                parallel.ep_size * config.max_tokens_per_rank * config.top_k < error_count(parallel.ep_size),
-                str(config.max_tokens_per_rank),
-                f"fewer than {error_count(parallel.ep_size)} pairs of all ranks: larger counts tell of errors",
-            ),
-            Gate(
-                "hidden_size",
-                _least_row_bytes(config) <= MAX_ROW_BYTES,
-                f"{config.hidden_size}, {_least_row_bytes(config)} bytes",
-                f"rows of at most {MAX_ROW_BYTES} bytes",
-            ),
-            Gate("top_k", config.top_k <= MAX_TOP_K, str(config.top_k), f"at most {MAX_TOP_K}"),
-            Gate(
-                "dispatch_num_sms",
-                config.dispatch_num_sms % 2 == 0,
-                str(config.dispatch_num_sms),
-                "an even number: half of them send, half receive",
-            ),
-            gate_cuda_graph(config, in_one_node and "num_worst_tokens" in package.features, why_not),
+            *exchange.gates(config, environment),
         )
 
     @classmethod
@@ -191,29 +123,21 @@ class DeepEPHighThroughput(PrepareAndFinalize):
 
     @classmethod
     def details(cls, config: MoEConfig, environment: Environment) -> Mapping[str, str]:
-        ranks = config.parallel.ep_size
-        words = "NVLink" if ranks <= deep_ep.NODE_RANKS else f"NVLink in nodes of {deep_ep.NODE_RANKS}, RDMA between"
-        words += f", {config.dispatch_num_sms} SMs"
-        width = _row_width(config.hidden_size, config.dtype)
+        exchange = exchange_class(environment.package(deep_ep.PACKAGE))
+        of_exchange, width = exchange.details(config), row_width(config.hidden_size, config.dtype)
+        words = of_exchange["transport"]
         if width != config.hidden_size:
             words += f", rows padded to {width} columns"
-        return {
-            "transport": words,
-            "combine": "in bf16, the only dtype that DeepEP sums",
-            "time limit": "DeepEP's own, 100 s as released, for a rank that does not come",
-        }
+        return {**of_exchange, "transport": words, "combine": "in bf16, the only dtype that DeepEP sums"}
 
     @classmethod
     def memory(cls, config: MoEConfig) -> Mapping[str, int]:
-        """DeepEP's buffer, one for all layers of a group, and what it takes for the rows of a call."""
-        ranks, most = config.parallel.ep_size, config.parallel.ep_size * config.max_tokens_per_rank
-        width = _row_width(config.hidden_size, config.dtype)
+        """The buffer of the DeepEP that is installed, one for all layers of a group, and what it takes for a call."""
+        most, width = config.parallel.ep_size * config.max_tokens_per_rank, row_width(config.hidden_size, config.dtype)
         row_bytes = width * config.dtype.itemsize
-        pair_bytes = config.top_k * (torch.int64.itemsize + torch.float32.itemsize)
         needed = {
-            "DeepEP buffer": deep_ep.high_throughput_bytes(row_bytes, ranks, config.dispatch_num_sms),
-            "received rows": most * (row_bytes + pair_bytes),
-            "layout": config.max_tokens_per_rank * (pair_bytes + ranks),
+            **exchange_class(deep_ep.probe()).memory(config, width),
+            "received rows": most * (row_bytes + pair_bytes(config)),
             "result": config.max_tokens_per_rank * row_bytes,
         }
         if width != config.hidden_size:
@@ -221,7 +145,7 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         return needed
 
     def counters(self) -> Mapping[str, int]:
-        return {"intranode" if self._ep.size <= deep_ep.NODE_RANKS else "internode": self._calls}
+        return {self._exchange.way: self._calls}
 
     @property
     def num_sms(self) -> int:
@@ -279,49 +203,38 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         if config.apply_router_weight_on_input:
             activations, _, stage = weigh_input(config, hidden_states, topk_weights)
         rows = self._rows(activations, workspace)
-        layout, weights = self._layout(topk_ids, topk_weights, workspace, problem)
-        worst = self._ep.size * (max_num_tokens or config.max_tokens_per_rank) if config.cuda_graph else 0
-        buffer = self._buffer.start_high_throughput()
-        received, ids, received_weights, counts, raw, event = self._ep.guard(
-            "dispatch",
-            lambda: buffer.dispatch(
-                rows,
-                num_tokens_per_rank=layout.rank_counts,
-                num_tokens_per_rdma_rank=layout.node_counts,
-                is_token_in_rank=layout.is_in_rank,
-                num_tokens_per_expert=layout.expert_counts,
-                topk_idx=layout.ids,
-                topk_weights=weights,
-                num_worst_tokens=worst,
-                config=self._dispatch_config,
-                previous_event=buffer.capture() if asynchronous else None,
-                async_finish=asynchronous,
-            ),
+        exchange = self._exchange
+        routing = exchange.route(topk_ids, topk_weights, workspace, problem)
+        buffer = exchange.start()
+        arrival = exchange.dispatch(
+            buffer, rows, routing, max_num_tokens or config.max_tokens_per_rank, asynchronous=asynchronous
         )
-        if (counts and counts[0] >= error_count(self._ep.size)) or (worst and self._tell_at_once(problem)):
-            self._raise_together(event if asynchronous else None, workspace, problem)
-        handle = DeepEPHandle(self, hidden_states.shape[0], workspace, raw, buffer)
-        arrived, scales = received if isinstance(received, tuple) else (received, None)
+        if arrival.is_refused or (config.cuda_graph and self._tell_at_once()):
+            self._raise_together(arrival.event if asynchronous else None, workspace, problem)
+        handle = DeepEPHandle(self, hidden_states.shape[0], workspace, arrival.raw, buffer)
+        received, scales = arrival.rows if isinstance(arrival.rows, tuple) else (arrival.rows, None)
         dispatched = Dispatched(
-            activations=arrived[:, : config.hidden_size],
+            activations=received[:, : config.hidden_size],
             activation_format=self.activation_format,
             router_weight_stage=stage,
             handle=handle,
-            local_ids=_low_words(ids),
-            topk_weights=received_weights if stage is RouterWeightStage.EXPERTS_GATHER else None,
-            expert_num_tokens_host=counts[: config.num_local_experts] if counts else None,
+            local_ids=_low_words(arrival.ids),
+            topk_weights=arrival.weights if stage is RouterWeightStage.EXPERTS_GATHER else None,
+            expert_num_tokens_host=arrival.counts[: config.num_local_experts] if arrival.counts else None,
             scales=scales,
         )
 
-        def complete(inputs: tuple[Any, ...] = (rows, layout, weights)) -> Dispatched:
+        def complete(inputs: tuple[Any, ...] = (rows, routing)) -> Dispatched:
             # Until the current stream waits, the memory of `inputs` must not go back to it.
             if asynchronous:
-                event.current_stream_wait()
+                arrival.event.current_stream_wait()
+            if config.cuda_graph:
+                exchange.mark_rest(arrival)
             return dispatched
 
         return complete
 
-    def _tell_at_once(self, problem: InputError | None) -> bool:
+    def _tell_at_once(self) -> bool:
         """Whether a rank has a flag, where no counts tell: asked on CPU alone, since on CUDA it would be a wait."""
         return not self._flags.is_cuda and flags_of_all(self._ep, self._no_tp, self._flags) != 0
 
@@ -333,11 +246,11 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         self._flags.zero_()
         raise_together(self.config, self._ep, self._no_tp, problem, flags)
 
-    def _rows(self, x: torch.Tensor, workspace: Workspace) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, x: torch.Tensor, workspace: Workspace) -> Rows:
         """x [T, H] as it travels: contiguous rows of whole units, in fp8 with scales [T, groups] where they do."""
         num_tokens, hidden_size = x.shape
         dtype = FP8_DTYPE if self._groups else x.dtype
-        width = _row_width(hidden_size, dtype)
+        width = row_width(hidden_size, dtype)
         if not self._groups:
             return x.contiguous() if width == hidden_size else _padded(x, width, "padded input", workspace)
         scheme = self.config.quantization
@@ -347,52 +260,16 @@ class DeepEPHighThroughput(PrepareAndFinalize):
             if width != hidden_size:
                 values = torch.nn.functional.pad(values.view(torch.uint8), (0, width - hidden_size)).view(FP8_DTYPE)
             return values, scales
-        from moe_plugin.kernels.quantize_rows import quantize_rows as launch_quantize_rows
+        from moe_plugin.kernels.quantize_rows import quantize_rows_launches
 
+        x = x if x.stride(1) == 1 else x.contiguous()
         room = workspace.tensor("quantized rows", (num_tokens, width), FP8_DTYPE)
         scales = workspace.tensor("quantized row scales", (num_tokens, self._groups), torch.float32)
         if width != hidden_size:
             room[:, hidden_size:].view(torch.uint8).zero_()
-        launch_quantize_rows(x if x.stride(1) == 1 else x.contiguous(), room[:, :hidden_size], scales)
+        key = ("quantize rows", one_object(x.dtype, x.shape, x.stride(), width, self._groups))
+        workspace.cached(key, LaunchSequence)([x], lambda: quantize_rows_launches(x, room[:, :hidden_size], scales))
         return room, scales
-
-    def _layout(
-        self, topk_ids: torch.Tensor, topk_weights: torch.Tensor, workspace: Workspace, problem: InputError | None
-    ) -> tuple[DispatchLayout, torch.Tensor]:
-        """What DeepEP is told of the routing, and router weights fp32 [T, K], contiguous."""
-        (num_tokens, top_k), ranks = topk_ids.shape, self._ep.size
-        num_nodes = max(ranks // deep_ep.NODE_RANKS, 1)
-        num_counts = ranks * (self._slots + 1) + (num_nodes if num_nodes > 1 else 0)
-
-        def build() -> DispatchLayout:
-            return DispatchLayout.of(
-                workspace.tensor("ids", (num_tokens, top_k), self._id_dtype),
-                workspace.tensor("is in rank", (num_tokens, ranks), torch.bool),
-                workspace.tensor("counts", (num_counts,), torch.int32),
-                num_nodes,
-            )
-
-        layout = workspace.cached(("layout", num_tokens, top_k, ranks, num_counts, self._id_dtype), build)
-        weights, given = topk_weights, None
-        # Without tokens they are of the workspace, as ids are: DeepEP wants both of them to have an address, or none.
-        if topk_weights.dtype is not torch.float32 or not topk_weights.is_contiguous() or num_tokens == 0:
-            weights, given = workspace.tensor("router weights", (num_tokens, top_k), torch.float32), topk_weights
-        flags = 0 if problem is None else int(ErrorFlag.ABORTED)
-        target = None if given is None else weights
-        if not self._use_triton or not single_launch(topk_ids):
-            dispatch_layout(topk_ids, given, self._tables, layout, target, self._flags, _EXPERT_ID, flags=flags)
-            return layout, weights
-        kind = one_object(topk_ids.dtype, topk_ids.shape, topk_ids.stride(), self._slots, ranks)
-        given_kind = None if given is None else (given.dtype, given.stride())
-        tables = self._tables.tables
-        moving = [topk_ids, tables.rank, tables.slot, tables.num_replicas, self._flags]
-        workspace.cached(("dispatch layout", kind, given_kind, flags), LaunchSequence)(
-            moving if given is None else [*moving, given],
-            lambda: dispatch_layout_launches(
-                topk_ids, given, self._tables, layout, target, self._flags, _EXPERT_ID, flags=flags
-            ),
-        )
-        return layout, weights
 
     def finalize(
         self, expert_output: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
@@ -428,7 +305,7 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         self, expert_output: torch.Tensor, handle: DeepEPHandle, asynchronous: bool
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """The sums [T, width] of this rank's tokens, when they are there, and the rows that were sent."""
-        buffer = self._buffer.start_high_throughput()
+        buffer = self._exchange.start()
         if buffer is not handle.buffer:
             raise HandleError(
                 f"{self.name}: DeepEP's buffer was replaced while this call was between prepare and finalize; build "
@@ -437,20 +314,11 @@ class DeepEPHighThroughput(PrepareAndFinalize):
         rows, width = expert_output, self._row_width
         if width != expert_output.shape[1]:
             rows = _padded(expert_output, width, "padded output", handle.workspace)
-        combined, _, event = self._ep.guard(
-            "combine",
-            lambda: buffer.combine(
-                rows,
-                handle.raw,
-                config=self._combine_config,
-                previous_event=buffer.capture() if asynchronous else None,
-                async_finish=asynchronous,
-            ),
-        )
+        combined, event = self._exchange.combine(buffer, rows, handle.raw, asynchronous)
         return combined, event, rows
 
     def close(self) -> None:
-        self._buffer.leave(self)
+        self._exchange.leave(self)
 
     def check_errors(self) -> None:
         """Flags of captured calls; eager calls without CUDA graphs raise at once."""
@@ -461,26 +329,6 @@ class DeepEPHighThroughput(PrepareAndFinalize):
             own = int(self._flags)
             self._flags.zero_()
             raise_together(self.config, self._ep, self._no_tp, None, own, everyone)
-
-
-_EXPERT_ID = int(ErrorFlag.EXPERT_ID)
-
-
-def _slots_per_rank(config: MoEConfig) -> int:
-    """Experts of the rank that holds most."""
-    return max(map(len, config.expert_placement.experts_of_rank))
-
-
-def _row_width(hidden_size: int, dtype: torch.dtype) -> int:
-    """Columns of a row in whole units. Example: 2880 in bf16, 5760 bytes -> 3072."""
-    unit = ROW_UNIT // dtype.itemsize
-    return -(-hidden_size // unit) * unit
-
-
-def _least_row_bytes(config: MoEConfig) -> int:
-    """Of a row that is sent to experts that take it quantized, if it can be."""
-    sent = FP8_DTYPE if dispatched_groups(config.quantization, config.hidden_size) else config.dtype
-    return _row_width(config.hidden_size, sent) * sent.itemsize
 
 
 def _padded(x: torch.Tensor, width: int, name: str, workspace: Workspace) -> torch.Tensor:

@@ -4,6 +4,8 @@ in a row, as physical ids.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from moe_plugin.config import MoEConfig, PlacementTables
@@ -17,6 +19,13 @@ from moe_plugin.kernels.placement_lookup import (
 )
 from moe_plugin.prepare_finalize.deferred_errors import DeferredErrors, ErrorFlag
 from moe_plugin.workspace import Workspace
+
+
+class KernelWord(Protocol):
+    """Where a launch leaves its flag: `DeferredErrors`, or a tensor of the caller's."""
+
+    def kernel_word(self) -> torch.Tensor:
+        """int32 [1] that a kernel can write to."""
 
 
 class PlacementLookup:
@@ -73,7 +82,7 @@ class PlacementLookup:
         topk_weights: torch.Tensor | None,
         dtype: torch.dtype,
         workspace: Workspace,
-        errors: DeferredErrors,
+        errors: KernelWord,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Physical ids of `dtype` [T, K], each once in a token, and router weights fp32 [T, K], both contiguous.
 
@@ -112,7 +121,7 @@ class PlacementLookup:
         slot: torch.Tensor,
         weights: torch.Tensor | None,
         workspace: Workspace,
-        errors: DeferredErrors,
+        errors: KernelWord,
         merge_duplicates: bool = False,
     ) -> None:
         if topk_ids.shape[0] == 0:

@@ -27,7 +27,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
 
-    monkeypatch.delenv("NVSHMEM_REMOTE_TRANSPORT", raising=False)
+    for name in ("NVSHMEM_REMOTE_TRANSPORT", "EP_DISABLE_GIN"):
+        monkeypatch.delenv(name, raising=False)
     yield write
     for name in ("deep_ep", "deep_ep._C"):
         sys.modules.pop(name, None)
@@ -35,12 +36,15 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 def test_a_usable_one_is_found_with_its_interfaces(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep_ep, "_NETWORK_CARDS", Path("/absent"))
-    install("import os\nclass Buffer: pass\nTRANSPORT = os.environ['NVSHMEM_REMOTE_TRANSPORT']\n")
+    install(
+        "import os\nclass Buffer: pass\n"
+        "TOLD = [os.environ[name] for name in ('NVSHMEM_REMOTE_TRANSPORT', 'EP_DISABLE_GIN')]\n"
+    )
     module, package = deep_ep.find()
     assert package.usable
     assert package.features == {"Buffer"}
     assert module is not None
-    assert module.TRANSPORT == "none"
+    assert module.TOLD == ["none", "1"]
 
 
 LOW_LATENCY = """

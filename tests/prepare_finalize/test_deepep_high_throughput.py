@@ -89,6 +89,21 @@ def quantized_rows_travel(context: RankContext) -> None:
     layer.close()
 
 
+def kernels_make_rows_and_routing(context: RankContext) -> None:
+    """As on GPUs, in one program and in several, repeated at other addresses."""
+    sizes = {"hidden_size": 192, "intermediate_size": 16, "top_k": 8, "max_tokens_per_rank": 260}
+    case, layer, dispatch = make(context, quantization=Fp8Block(), **sizes)
+    dispatch._use_triton = dispatch._exchange._use_triton = True  # type: ignore[attr-defined]
+    for seed, tokens in enumerate((5, 5, 5, 260, 260, 5)):
+        check_call(case, case.inputs(tokens, seed))
+    inputs = case.inputs(4)
+    ids = inputs.topk_ids.clone()
+    ids[0, 0] = 8 if context.rank else 0
+    expect(ExpertIdError, lambda: layer(*inputs.with_ids(ids).as_tuple()), "EP rank 1")
+    check_call(case, inputs)
+    layer.close()
+
+
 def any_number_of_calls_in_flight(context: RankContext) -> None:
     case, layer, _ = make(context)
     batches = [case.inputs(3 + seed + context.rank, seed) for seed in range(4)]
@@ -142,7 +157,7 @@ def the_buffer_is_shared_and_given_back(context: RankContext) -> None:
     inputs = small.inputs(4)
     waiting = layer.prepare(*inputs.as_tuple())
     large, larger_layer, other = make(context, hidden_size=1024)
-    assert dispatch._buffer is other._buffer
+    assert dispatch._exchange._buffer is other._exchange._buffer
     rows = layer.apply_experts(waiting)
     expect(HandleError, lambda: layer.finalize(rows, waiting), "replaced")
     check_call(small, inputs)
@@ -160,6 +175,7 @@ def test_on_ranks() -> None:
     on_ranks(
         what_arrives,
         quantized_rows_travel,
+        kernels_make_rows_and_routing,
         any_number_of_calls_in_flight,
         errors_are_told_with_the_counts,
         captured_layers_have_room_for_all,
