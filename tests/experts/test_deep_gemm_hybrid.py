@@ -992,7 +992,7 @@ def test_checkpoints_that_store_up_before_gate(quantization: QuantConfig | None)
 def ue8m0_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle quantizes activations by scales that are powers of two."""
 
-    def fake_quantize(x: torch.Tensor, group_size: int | None = None, _: torch.Tensor | None = None) -> torch.Tensor:
+    def fake_quantize(x: torch.Tensor, group_size: int | None = None, *_: object, **__: object) -> torch.Tensor:
         return dequantize_rows(*quantized_rows(x, group_size, ue8m0=True), group_size)
 
     monkeypatch.setattr(reference, "fake_quantize", fake_quantize)

@@ -1,8 +1,8 @@
 """Every registered strategy x dtype x number of ranks x row of the behaviour matrix.
 
 What a gate refuses is skipped with the gate's reason. Where there is no GPU, Triton's interpreter would make the whole
-product take an hour: its strategies then run every row in bf16, without dispatch on one rank and with it on two, the
-rows named below in every dtype on one and two and in bf16 on more, and one row in every dtype on every number of ranks.
+product take an hour: its strategies then run every row in bf16 on one rank without dispatch, the rows named below with
+it, in bf16 on two and four ranks and in every dtype on two, and one row in every dtype on every number of ranks.
 On GPUs everything runs. fp8 rows exist in bf16 alone.
 
 Without a GPU hybrid_dense_routing moves rows over torch.distributed. What experts do with rows that were dispatched is
@@ -28,14 +28,26 @@ from tests.doubles import deep_ep, deep_gemm
 
 TOP_K_ROWS = [name for name in CHECKS if name.startswith("top_k_")]
 INTERPRETED_ROWS = [*TOP_K_ROWS, "no_tokens", "dropped_ids", "all_to_one_rank"]
-INTERPRETED_ONCE = [
-    "fp8_extreme_values",
-    "fp8_nan_and_inf_stay_in_their_token",
-    "fp8_odd_sizes",
-    "fp8_router_weight_on_input",
-    "fp8_repeatable",
+INTERPRETED_DISPATCHED = [
+    *INTERPRETED_ROWS,
+    "all_to_one_expert",
+    "placements",
+    "strided_inputs",
+    "router_weight_on_input",
+    "output_argument",
+    "micro_batches_interleaved",
+    "asynchronous_halves",
+    "shared_experts",
+    "tensor_parallel",
+    "fixed_capacity",
+    "capacity_overflow_raises",
+    "fp8_block",
+    "fp8_per_token",
+    "fp8_per_tensor_static",
+    "fp8_tensor_parallel",
 ]
-"""Rows about what fp8 experts do with their rows, however these came; in the interpreter one dispatcher must do."""
+"""Rows in which interpreted experts meet dispatched rows. What experts do however their rows came, `local` shows; what
+dispatchers do whatever computes behind them, the rows with torch_native show, which are all of them."""
 HYBRID = "hybrid_dense_routing+"
 HYBRID_INTERPRETED = ["top_k_2", "no_tokens", "dropped_ids", "fp8_block"]
 HYBRID_FIXED = ["fixed_capacity", "capacity_overflow_raises"]
@@ -56,15 +68,16 @@ def rows(strategy: str, num_ranks: int, dtype: torch.dtype) -> list[str]:
         if dtype != torch.bfloat16:
             return ["top_k_2"]
         if device_type_for(num_ranks) == "cpu" and (num_ranks > 1 or not strategy.startswith("local+")):
-            return INTERPRETED_ROWS if num_ranks in (1, 2) and not strategy.startswith("local+") else ["top_k_2"]
+            return INTERPRETED_ROWS if num_ranks == 2 and not strategy.startswith("local+") else ["top_k_2"]
     if strategy.startswith("local+") and num_ranks > 1:
         return [name for name in names if name in ROWS_WITHOUT_DISPATCH]
     interpreted = strategy.endswith("+triton_fused_moe") and device_type_for(num_ranks) == "cpu"
     if interpreted and (dtype != torch.bfloat16 or num_ranks > 2):
-        return INTERPRETED_ROWS if dtype == torch.bfloat16 or num_ranks < 3 else ["top_k_2"]
+        few = num_ranks == 3 or (num_ranks == 1 and not strategy.startswith("local+"))
+        return INTERPRETED_ROWS if not few and (dtype == torch.bfloat16 or num_ranks < 3) else ["top_k_2"]
     if interpreted and not strategy.startswith("local+"):
         # On one rank dispatch is a copy, and `local` has shown what experts do with the rows.
-        return INTERPRETED_ROWS if num_ranks == 1 else [name for name in names if name not in INTERPRETED_ONCE]
+        return INTERPRETED_ROWS if num_ranks == 1 else INTERPRETED_DISPATCHED
     return names
 
 
@@ -87,7 +100,7 @@ def deep_ep_rows(strategy: str, num_ranks: int, dtype: torch.dtype, names: list[
         return names if num_ranks == 2 else ["top_k_2", "no_tokens", "all_to_one_rank", "tensor_parallel"]
     if num_ranks > 2:
         return []
-    return HYBRID_INTERPRETED + HYBRID_FIXED[:1] * strategy.endswith("+triton_fused_moe")
+    return ["top_k_2", "fp8_block"] + HYBRID_FIXED[:1] * strategy.endswith("+triton_fused_moe")
 
 
 def install_doubles(deep_ep_too: bool, deep_gemm_too: bool) -> None:
