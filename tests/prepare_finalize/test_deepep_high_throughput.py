@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_plugin.compat import deep_ep
 from moe_plugin.config import Fp8Block, MoEConfig, ParallelConfig
 from moe_plugin.environment import Environment
 from moe_plugin.errors import ExpertIdError, HandleError, ShapeError
@@ -37,6 +38,7 @@ def _with_double(context: RankContext, functions: tuple[Callable[[RankContext], 
     with double.installed():
         for function in functions:
             function(context)
+        deep_ep.release_buffers()
 
 
 def make(context: RankContext, **overrides: Any) -> tuple[Case, ModularKernel, DeepEPHighThroughput]:
