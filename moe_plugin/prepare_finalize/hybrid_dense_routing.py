@@ -127,7 +127,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         if parallel.num_nodes > 1:
             groups = node_groups(self._ep, parallel.num_nodes)
             self._node = groups.node
-            self._rail = RailExchange(groups.rail, groups.node.size * _slots_per_rank(config))
+            self._rail = RailExchange(groups.rail, groups.node.size * config.expert_placement.slots_per_rank)
         # Kernels end their waits by themselves, and say who is missing; the host is to hear that first.
         patient = Communicator(parallel.ep_group, parallel.ep_size, parallel.ep_rank, 2 * seconds + 5)
         lost = _lost_word(self._node, arena.device)
@@ -142,7 +142,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         self._hybrid_ep: HybridEPTransport | None = None
 
     def accommodate(self, experts: type[Experts]) -> None:
-        config, device, slots = self.config, self.arena.device, _slots_per_rank(self.config)
+        config, device, slots = self.config, self.arena.device, self.config.expert_placement.slots_per_rank
         self._groups = dispatched_groups(config.quantization, config.hidden_size) if experts.takes_quantized else 0
         takes_groups = ActivationFormat.CONTIGUOUS in experts.activation_formats
         if config.dispatch_transport == "hybrid_ep":
@@ -192,7 +192,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         parallel = config.parallel
         backend = "nccl" if environment.device_type == "cuda" else "gloo"
         seen = ", ".join(environment.backends) or "none"
-        ids = parallel.ep_size * _slots_per_rank(config)
+        ids = parallel.ep_size * config.expert_placement.slots_per_rank
         capacity = config.dispatch_capacity if config.cuda_graph else None
         most_sms = min(environment.num_sms or MAX_PROGRAMS, MAX_PROGRAMS)
         verdict = Verdict.of(
@@ -224,7 +224,9 @@ class HybridDenseRouting(PrepareAndFinalize):
             ),
         )
         if config.dispatch_transport == "hybrid_ep":
-            return verdict + Verdict.of(*hybrid_ep_transport.gates(config, environment, _slots_per_rank(config)))
+            return verdict + Verdict.of(
+                *hybrid_ep_transport.gates(config, environment, config.expert_placement.slots_per_rank)
+            )
         if config.dispatch_transport == "nvlink" and environment.device_type == "cuda":
             problem = cls.why_not_nvlink(config, environment)
             return verdict + Verdict.of(
@@ -277,10 +279,10 @@ class HybridDenseRouting(PrepareAndFinalize):
         layout = RowLayout(config.hidden_size, config.top_k, config.dtype)
         if config.dispatch_transport == "hybrid_ep":
             return _with_quantized_rows(
-                config, hybrid_ep_transport.memory(config, _slots_per_rank(config), _may_permute(config))
+                config, hybrid_ep_transport.memory(config, config.expert_placement.slots_per_rank, _may_permute(config))
             )
         room = config.dispatch_capacity if config.cuda_graph else None
-        shape = _row_shape(config, 0, _slots_per_rank(config) if _may_permute(config) else 0)
+        shape = _row_shape(config, 0, config.expert_placement.slots_per_rank if _may_permute(config) else 0)
         nvlink = {f"symmetric {name}": size for name, size in shape.memory(ranks).items()}
         nvlink["destinations"] = 4 * tokens
         row_bytes = config.hidden_size * config.dtype.itemsize
@@ -422,7 +424,7 @@ class HybridDenseRouting(PrepareAndFinalize):
         rank, slot = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
         found = torch.zeros(1, dtype=torch.int32, device=device)
         placement_lookup(call.topk_ids, self._tables, slot, found, int(ErrorFlag.EXPERT_ID), rank=rank)
-        ids = to_dense_ids(rank, slot, _slots_per_rank(self.config))
+        ids = to_dense_ids(rank, slot, self.config.expert_placement.slots_per_rank)
         return replace(call, ids=ids, flags=found)
 
     def _dispatch_by_hybrid_ep(
@@ -649,11 +651,6 @@ class HybridDenseRouting(PrepareAndFinalize):
     def _new_result(self, handle: DispatchHandle) -> torch.Tensor:
         shape = (handle.num_tokens, self.config.hidden_size)
         return torch.empty(shape, dtype=self.config.dtype, device=self.arena.device)
-
-
-def _slots_per_rank(config: MoEConfig) -> int:
-    """Physical ids of a rank: the experts of the one that holds most."""
-    return max(map(len, config.expert_placement.experts_of_rank))
 
 
 def _ranks_per_node(config: MoEConfig) -> int:
